@@ -1,0 +1,383 @@
+"""Every knob of a study as frozen sections; unknown keys are refused with their path.
+
+Values that touch privacy (:class:`Privacy`, clip norms, rates, steps, denominators) are *public constants*: they are
+written down before any patient is read and are never derived from the cohort. Values that only cost time are in
+:class:`Compute`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from medsynth.errors import ConfigError
+
+
+def _number(value: Any) -> Any:
+    """Let YAML texts such as ``1e-5`` (a string to PyYAML) and ``inf`` stand for numbers."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Grid(Section):
+    """The public voxel grid that every image is brought to.
+
+    Images live on it as ``channel *shape`` in [-1, 1], labels as ``*shape`` integers; axes are RAS+ where the input
+    has a geometry. Intensities are scaled image by image, so that nothing is shared between patients.
+    """
+
+    spatial_dims: Literal[2, 3] = 3
+    shape: tuple[Count, ...]
+    spacing_mm: tuple[Positive, ...] | None = Field(
+        None, description="None: no physical spacing (photographs); the image is resized to `shape`"
+    )
+    channels: Literal[1, 3] = 1
+    modality: Literal["MR", "CT", "ES", "US", "OT"] = "MR"
+    labels: dict[int, str] = Field(description="label value to name, 0 is the background; a public list")
+    slice_axis: Literal["R", "A", "S"] | None = Field(None, description="2D from volumes: slices across this axis")
+    max_slices: Count = Field(1, description="2D from volumes: at most so many slices a case, evenly spaced")
+    intensity_percentiles: tuple[float, float] = (0.5, 99.5)
+    release_shape_range: tuple[tuple[int, int], ...] | None = Field(
+        None, description="public range of the released sizes an axis, voxels; None: the whole grid"
+    )
+
+    @property
+    def classes(self) -> int:
+        """Number of labels, the background included."""
+        return len(self.labels)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.shape) != self.spatial_dims:
+            raise ValueError(f"shape has {len(self.shape)} axes, spatial_dims says {self.spatial_dims}")
+        if self.spacing_mm is not None and len(self.spacing_mm) != self.spatial_dims:
+            raise ValueError("spacing_mm needs one value a spatial axis")
+        if sorted(self.labels) != list(range(len(self.labels))) or len(self.labels) < 2:
+            raise ValueError("labels must be 0 (background), 1, 2, ... without gaps")
+        if self.release_shape_range is not None:
+            if len(self.release_shape_range) != self.spatial_dims:
+                raise ValueError("release_shape_range needs one (low, high) a spatial axis")
+            for (low, high), size in zip(self.release_shape_range, self.shape, strict=True):
+                if not 1 <= low <= high <= size:
+                    raise ValueError(f"release_shape_range ({low}, {high}) does not fit in a grid axis of {size}")
+        return self
+
+
+class Ingest(Section):
+    """How the hospital's files become patients."""
+
+    layout: Literal["auto", "dicom", "msd", "nnunet", "pairs", "mixed"] = "auto"
+    split: Literal["hash", "folders"] = Field(
+        "hash", description="hash: each patient by its own hash; folders: train/ and val|test/ below the input"
+    )
+    test_fraction: Fraction = 0.2
+    patient_id_pattern: str | None = Field(
+        None, description="regular expression on file stems whose first group is the patient (linkage rule)"
+    )
+    min_foreground_voxels: Annotated[int, Field(ge=0)] = 1
+    mask_threshold: int = Field(128, description="image/mask folders with two labels: mask value from which it is 1")
+
+    @model_validator(mode="after")
+    def _pattern(self) -> Self:
+        if self.patient_id_pattern is not None:
+            try:
+                groups = re.compile(self.patient_id_pattern).groups
+            except re.error as error:
+                raise ValueError(f"patient_id_pattern is no regular expression: {error}") from error
+            if groups < 1:
+                raise ValueError("patient_id_pattern needs one group, the patient")
+        return self
+
+
+class Shares(Section):
+    """How the squared Gaussian privacy parameter mu^2 is split between the mechanisms; any total."""
+
+    masks: Positive = 1.0
+    appearance: Positive = 1.0
+    training: Positive = 1.0
+
+
+class Privacy(Section):
+    """The promise: (epsilon, delta) for the unit patient under add-or-remove-one-patient."""
+
+    epsilon: Number = Field(8.0, gt=0, description="`.inf` trains without privacy and can never be certified")
+    delta: Number = Field(1e-4, gt=0, lt=1)
+    declared_patients: Count = Field(description="public, declared size of the cohort; sets delta and denominators")
+    shares: Shares = Shares()
+    entropy: Literal["os", "test_only"] = Field("os", description="test_only taints the ledger for good")
+
+    @property
+    def private(self) -> bool:
+        """Whether training is differentially private at all."""
+        return math.isfinite(self.epsilon)
+
+    @model_validator(mode="after")
+    def _delta(self) -> Self:
+        if self.private and self.delta > 1 / (10 * self.declared_patients):
+            raise ValueError(
+                f"delta {self.delta:g} is above 1/(10 N) = {1 / (10 * self.declared_patients):g} "
+                f"for {self.declared_patients} declared patients"
+            )
+        return self
+
+
+class Phantoms(Section):
+    """Public procedural phantoms: the only images that pre-training ever sees."""
+
+    count: Count = 256
+    seed: int = 0
+
+
+class Encode(Section):
+    """The latent codec."""
+
+    codec: Literal["kl", "wavelet"] = "wavelet"
+    levels: Annotated[int, Field(ge=1, le=4)] = Field(2, description="each halves the latent's axes")
+    latent_channels: Count = Field(4, description="kl only; the wavelet has channels * 2^(dims * levels)")
+    channels: tuple[Count, ...] = Field((32, 64, 64), description="kl only; its length is levels + 1")
+    steps: Count = 600
+    batch_size: Count = 8
+    learning_rate: Positive = 1e-3
+    kl_weight: Number = Field(1e-6, ge=0)
+    train_on: Literal["phantoms"] = Field("phantoms", description="patients never train the codec")
+    phantoms: Phantoms = Phantoms()
+
+
+class Masks(Section):
+    """The generator of label maps."""
+
+    source: Literal["statistics", "public_shapes"] = "statistics"
+    coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients kept an axis")
+    band_voxels: Positive = Field(2.0, description="signed distances are truncated at this many voxels")
+    covariance: Literal["diagonal", "full"] = "diagonal"
+    pose_clip_norm: Positive = 4.0
+    shape_clip_norm: Positive = 40.0
+    spread_clip_norm: Positive = Field(25.0, description="bound on the deviation from the released mean shape")
+    min_component_voxels: Annotated[int, Field(ge=0)] = 8
+
+
+class Appearance(Section):
+    """Statistics of intensity by label, distance and position that dress the phantoms of pre-training."""
+
+    enabled: bool = True
+    coefficients: tuple[Count, ...] = (4, 5, 4)
+    clip_norm: Positive = 6.0
+
+
+class Train(Section):
+    """The mask-conditioned latent denoiser."""
+
+    channels: tuple[Count, ...] = (64, 96)
+    attention_levels: tuple[bool, ...] | None = None
+    res_blocks: Count = 1
+    norm_groups: Count = 16
+    head_channels: Count = 32
+    noise_steps: Count = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "squaredcos_cap_v2"
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    mask_dropout: Fraction = Field(0.1, description="rate of dropped masks, for classifier-free guidance")
+    ema_decay: Fraction = 0.999
+    pretrain_steps: Annotated[int, Field(ge=0)] = 0
+    pretrain_batch_size: Count = 8
+    pretrain_learning_rate: Positive = 1e-3
+    pretrain_phantoms: Count = 400
+    trainable: Literal["all", "bias_norm", "lora"] = "all"
+    lora_rank: Count = 4
+    steps: Annotated[int, Field(ge=0)] = 1500
+    learning_rate: Positive = 1e-3
+    batch_size: Count = Field(4, description="only for epsilon inf; a private run samples patients at `sampling_rate`")
+    sampling_rate: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 0.25
+    clip_norm: Positive = 1.0
+    draws: Count = Field(4, description="noise draws a patient averaged before the clip")
+    max_records: Count = Field(1, description="at most so many slices or scans a patient and step")
+    backend: Literal["unit", "opacus"] = "unit"
+    appearance: Appearance = Appearance()
+
+
+class Synthesise(Section):
+    """The pairs that are rendered."""
+
+    pairs: Count = 200
+    scheduler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"] = "ddim"
+    steps: Count = 20
+    guidance: Number = Field(1.0, ge=0, description="1: as conditioned; above: classifier-free guidance")
+    batch_size: Count = 8
+
+
+class Segment(Section):
+    """The downstream segmentation model; one recipe for real, synthetic and mixed training."""
+
+    regimes: tuple[Literal["real_only", "synthetic_only", "mixed"], ...] = ("real_only", "synthetic_only", "mixed")
+    channels: tuple[Count, ...] = (16, 32, 64, 128)
+    steps: Count = 600
+    batch_size: Count = 4
+    learning_rate: Positive = 2e-3
+    seeds: tuple[int, ...] = (0,)
+    augment: bool = True
+
+
+class Evaluate(Section):
+    """The internal report."""
+
+    bootstrap: Count = 2000
+    montage: Count = 6
+    agreement_pairs: Count = Field(64, description="synthetic pairs that the real-trained net segments")
+
+
+class Export(Section):
+    """The release."""
+
+    formats: tuple[Literal["nifti", "dicom", "png"], ...] = ("nifti", "dicom")
+    dicom_pairs: Count = Field(20, description="pairs that are also written as DICOM series + SEG")
+    uncertified: bool = Field(False, description="allow a release without certificate, marked UNCERTIFIED")
+    dataset_name: str = "Synthetic"
+    licence: str = "CC-BY-4.0"
+
+
+class Compute(Section):
+    """What only costs time; no privacy knob lives here."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="0: one a core")
+    workers: Count = Field(2, description="processes side by side where a stage can use them")
+
+
+class Tracking(Section):
+    """MLflow; embedded in the run folder unless a tracking URI is given."""
+
+    uri: str | None = None
+    experiment: str = "medsynth"
+
+
+class Study(Section):
+    """A whole study: one YAML file."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    description: str = ""
+    seed: int = Field(0, description="everything random except privacy noise and privacy sampling")
+    grid: Grid
+    privacy: Privacy
+    ingest: Ingest = Ingest()
+    encode: Encode = Encode()
+    masks: Masks = Masks()
+    train: Train = Train()
+    synthesise: Synthesise = Synthesise()
+    segment: Segment = Segment()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    compute: Compute = Compute()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        dims = self.grid.spatial_dims
+        for name, value in (
+            ("masks.coefficients", self.masks.coefficients),
+            ("train.appearance.coefficients", self.train.appearance.coefficients),
+        ):
+            if len(value) != dims:
+                raise ValueError(f"{name} has {len(value)} axes, grid.spatial_dims says {dims}")
+        factor = 2**self.encode.levels
+        if any(size % factor for size in self.grid.shape):
+            raise ValueError(f"grid.shape must divide by 2^encode.levels = {factor}")
+        if self.encode.codec == "kl" and len(self.encode.channels) != self.encode.levels + 1:
+            raise ValueError("encode.channels needs encode.levels + 1 entries")
+        if self.train.attention_levels is not None and len(self.train.attention_levels) != len(self.train.channels):
+            raise ValueError("train.attention_levels needs one entry a level of train.channels")
+        if any(width % self.train.norm_groups for width in self.train.channels):
+            raise ValueError("train.channels must divide by train.norm_groups")
+        if not self.privacy.private and not self.name.endswith("-nonprivate"):
+            raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
+        if self.grid.slice_axis is not None and dims != 2:
+            raise ValueError("grid.slice_axis is for spatial_dims 2")
+        return self
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Study:
+    """Read a study from a YAML file.
+
+    Args:
+        path: the YAML file.
+        overrides: values by dotted path that replace the file's, e.g. ``{"privacy.epsilon": 3}``.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or a contradiction; the message names the dotted path.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration '{path.name}': {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration '{path.name}' is no valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"configuration '{path.name}' must be a mapping of sections")
+    for dotted, value in (overrides or {}).items():
+        _set(raw, dotted.split("."), value)
+    return parse(raw, path.name)
+
+
+def parse(raw: dict[str, Any], name: str = "configuration") -> Study:
+    """Validate a mapping as a study (see :func:`load`)."""
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'study'}: {_explain(e)}" for e in error.errors()]
+        raise ConfigError("\n".join([f"'{name}' has {len(lines)} problem(s):", *lines])) from None
+
+
+def dump(study: Study) -> str:
+    """Return the study, defaults filled in, as YAML."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(study: Study) -> dict[str, str]:
+    """Return every leaf of the study by dotted path, as text."""
+
+    def walk(prefix: str, value: Any) -> dict[str, str]:
+        if isinstance(value, dict) and value:
+            return {k: v for key, child in value.items() for k, v in walk(f"{prefix}.{key}", child).items()}
+        return {prefix.removeprefix("."): str(value)}
+
+    return walk("", study.model_dump(mode="json"))
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"]).removeprefix("Value error, ")
+    section: Any = Study
+    for key in error["loc"][:-1]:
+        section = getattr(section.model_fields.get(key), "annotation", None)
+        if section is None:
+            break
+    import difflib
+
+    known = list(section.model_fields) if section is not None else []
+    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    return "unknown key" + (f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}")

@@ -1,0 +1,1 @@
+"""Noise schedules, objective and sampling."""

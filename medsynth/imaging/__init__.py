@@ -1,0 +1,1 @@
+"""Voxels and their formats; no learning."""

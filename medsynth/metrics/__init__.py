@@ -1,0 +1,1 @@
+"""Overlap, agreement, fidelity and memorisation."""

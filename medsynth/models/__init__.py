@@ -1,0 +1,1 @@
+"""Neural networks and other generators; no training loops."""

@@ -1,0 +1,1 @@
+"""Everything the certificate rests on."""

@@ -1,0 +1,1 @@
+"""What leaves the hospital, and its proof."""

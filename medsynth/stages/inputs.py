@@ -1,0 +1,40 @@
+"""What each stage depends on: the sections of the configuration and the folders that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from medsynth.config import Study
+from medsynth.errors import StoreError
+from medsynth.store import digest_of
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "ingest": ("seed", "grid", "ingest"),
+    "encode": ("seed", "grid", "encode"),
+    "masks": ("seed", "grid", "privacy", "masks", "train"),
+    "train": ("seed", "grid", "privacy", "masks", "encode", "train"),
+    "synthesise": ("seed", "grid", "synthesise"),
+    "segment": ("seed", "grid", "segment"),
+    "evaluate": ("name", "seed", "grid", "privacy", "segment", "evaluate"),
+    "certify": ("name", "grid", "privacy", "train", "export"),
+    "export": ("name", "grid", "export"),
+}
+
+
+def config_digest(config: Study, stage: str) -> str:
+    """Return the SHA-256 of the sections of ``config`` that ``stage`` depends on."""
+    values = config.model_dump(mode="json")
+    return digest_of({name: values[name] for name in SECTIONS[stage]})
+
+
+def stage_inputs(inputs: Mapping[str, Path], *names: str) -> dict[str, Path]:
+    """Return the named folders of ``inputs``.
+
+    Raises:
+        StoreError: one of them was not given.
+    """
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise StoreError(f"this stage needs the finished folder(s) {', '.join(missing)}: run the stages before it first")
+    return {name: inputs[name] for name in names}

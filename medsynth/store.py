@@ -1,0 +1,194 @@
+"""Stage folders: written in a temporary place, ``manifest.json`` last, then renamed into existence.
+
+No manifest means not finished. A manifest names its parents by digest, so that the ancestry of a release (and with
+it every privacy spend) can be walked back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from medsynth import __version__
+from medsynth.errors import StoreError
+
+MANIFEST = "manifest.json"
+Sensitivity = Literal["public", "released", "internal", "private"]
+ORDER: tuple[Sensitivity, ...] = ("public", "released", "internal", "private")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage folder says of itself.
+
+    Attributes:
+        stage: verb that wrote the folder, e.g. ``"train"``.
+        sensitivity: the most sensitive kind of value inside (``public`` < ``released`` < ``internal`` < ``private``).
+        config_digest: SHA-256 of the sections of the configuration that the stage depends on.
+        parents: digest of each folder that was read, by stage folder name.
+        ledger_entries: ids of the ledger entries whose output lies in this folder.
+        files: SHA-256 of each file inside, by relative POSIX path (without the manifest).
+        details: stage-specific JSON values; never a patient identifier, count of patients drawn, seed of noise or path.
+    """
+
+    stage: str
+    sensitivity: Sensitivity
+    config_digest: str
+    parents: Mapping[str, str]
+    ledger_entries: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    medsynth_version: str = __version__
+
+    @property
+    def releasable(self) -> bool:
+        """Whether ``export`` may read this folder."""
+        return self.sensitivity in ("public", "released")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and so of every file that it names."""
+        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one byte string that stands for ``value`` (sorted keys, no blanks, UTF-8)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value in its canonical form."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_tree(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below ``folder`` by relative POSIX path, the manifest left out."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return {p.relative_to(folder).as_posix(): digest_file(p) for p in files}
+
+
+def is_done(folder: Path) -> bool:
+    """Whether ``folder`` is a finished stage folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a finished stage folder.
+
+    Raises:
+        StoreError: the folder is unfinished or its manifest is unreadable.
+    """
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest(**{**raw, "ledger_entries": tuple(raw["ledger_entries"])})
+    except FileNotFoundError:
+        raise StoreError(f"stage folder '{folder.name}' is not finished: run the stage before it first") from None
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise StoreError(f"stage folder '{folder.name}' has an unreadable manifest: delete the folder") from error
+
+
+class StageFolder:
+    """A stage folder being written: put files under :attr:`path`, then call :meth:`finish` once."""
+
+    def __init__(self, final: Path, stage: str, config_digest: str, inputs: Mapping[str, Path]) -> None:
+        self.final = final
+        self.path = final.with_name(f".{final.name}.partial")
+        self._stage = stage
+        self._config_digest = config_digest
+        self._inputs = dict(inputs)
+        self.manifest: Manifest | None = None
+
+    def finish(
+        self,
+        sensitivity: Sensitivity,
+        *,
+        ledger_entries: tuple[str, ...] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Digest every file, write the manifest, and rename the folder into place.
+
+        Args:
+            sensitivity: the most sensitive kind of value in the folder.
+            ledger_entries: ids of the ledger entries whose outputs lie here.
+            details: stage-specific JSON values.
+        """
+        parents = {name: read_manifest(folder).digest for name, folder in sorted(self._inputs.items())}
+        self.manifest = Manifest(
+            stage=self._stage,
+            sensitivity=sensitivity,
+            config_digest=self._config_digest,
+            parents=parents,
+            ledger_entries=tuple(ledger_entries),
+            files=digest_tree(self.path),
+            details=dict(details or {}),
+        )
+        text = json.dumps(asdict(self.manifest), indent=1, sort_keys=True, ensure_ascii=False)
+        with (self.path / MANIFEST).open("w", encoding="utf-8") as handle:
+            handle.write(text + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(self.path, self.final)
+        return self.manifest
+
+
+@contextlib.contextmanager
+def create(
+    out: Path,
+    stage: str,
+    config_digest: str,
+    inputs: Mapping[str, Path] | None = None,
+    *,
+    keep_partial: bool = False,
+) -> Iterator[StageFolder]:
+    """Open a new stage folder; a half-written one is removed when the block raises.
+
+    Args:
+        out: the final folder; must not exist.
+        stage: verb that writes it.
+        config_digest: digest of the sections the stage depends on.
+        inputs: finished stage folders that are read, by name.
+        keep_partial: keep the half-written folder on failure and find it again next time (stages that resume).
+
+    Raises:
+        StoreError: ``out`` exists already, cannot be written, or an input is not finished.
+    """
+    for folder in (inputs or {}).values():
+        read_manifest(folder)
+    if out.exists():
+        raise StoreError(f"'{out.name}' exists already: delete it or pass --replace")
+    folder = StageFolder(out, stage, config_digest, inputs or {})
+    try:
+        if folder.path.exists() and not keep_partial:
+            shutil.rmtree(folder.path)
+        folder.path.mkdir(parents=True, exist_ok=keep_partial)
+    except OSError as error:
+        raise StoreError(f"cannot write into the folder of stage '{stage}': {error.strerror}") from error
+    try:
+        yield folder
+    except OSError as error:
+        _discard(folder, keep_partial)
+        raise StoreError(f"stage '{stage}' could not write its folder: {error.strerror}") from error
+    except BaseException:
+        _discard(folder, keep_partial)
+        raise
+    if folder.manifest is None:
+        _discard(folder, keep_partial)
+        raise StoreError(f"stage '{stage}' ended without finishing its folder")
+
+
+def _discard(folder: StageFolder, keep: bool) -> None:
+    if not keep:
+        shutil.rmtree(folder.path, ignore_errors=True)
