@@ -142,7 +142,7 @@ def acquire(image: Floats, rng: np.random.Generator, noise: float, blur_voxels: 
 def scale(image: Floats, percentiles: tuple[float, float]) -> Floats:
     """Map the image's own lower and upper percentile to -1 and 1 and clip."""
     low, high = np.percentile(image, percentiles)
-    return np.clip((image - low) * (2 / max(high - low, 1e-6)) - 1, -1, 1).astype(np.float32)
+    return np.asarray(np.clip((image - low) * (2 / max(high - low, 1e-6)) - 1, -1, 1), np.float32)
 
 
 def touching(label: Labels, first: int, second: int) -> bool:
@@ -186,7 +186,7 @@ def _label_map(shape: tuple[int, ...], labels: int, rng: np.random.Generator) ->
 def _chain(shape: tuple[int, ...], labels: int, rng: np.random.Generator, smallest: float) -> Labels:
     """Draw one bent chain of warped ellipsoids; sizes in half axis lengths, so twice the fraction of the axis."""
     dims = len(shape)
-    base = 2 * float(np.exp(rng.uniform(np.log(smallest), np.log(SIZE_RANGE[1]))))
+    base = 2 * float(rng.uniform(smallest, SIZE_RANGE[1]))
     radii = base * rng.uniform(0.65, 1.0, dims) * rng.uniform(0.8, 1.2, (labels, dims))
     steps = rng.uniform(0.6, 0.85, labels - 1) * (radii[:-1, 0] + radii[1:, 0])
     along = np.concatenate([[0.0], np.cumsum(steps)])
@@ -239,7 +239,7 @@ def _label_means(means: npt.NDArray[np.floating], classes: int, rng: np.random.G
     if classes > 2 and rng.random() < 0.5:
         means = means.copy()
         means[2:classes] = means[1] + rng.normal(0, 0.06, (classes - 2, *means.shape[1:]))
-    return np.clip(means, 0.02, 1.1)
+    return np.asarray(np.clip(means, 0.02, 1.1))
 
 
 def _photograph(tissues: npt.NDArray[np.uint8], count: int, classes: int, rng: np.random.Generator) -> Floats:
@@ -259,4 +259,4 @@ def _photograph(tissues: npt.NDArray[np.uint8], count: int, classes: int, rng: n
     width = float(rng.uniform(0.4, 0.9))
     image = image + gloss * (1 - image)
     blurred = np.stack([ndimage.gaussian_filter(plane, width, mode="nearest", truncate=2.5) for plane in image])
-    return np.clip(blurred + 0.01 * rng.standard_normal(blurred.shape, np.float32), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(blurred + 0.01 * rng.standard_normal(blurred.shape, np.float32), 0, 1), np.float32)
