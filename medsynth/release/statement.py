@@ -1,0 +1,195 @@
+"""The signed statement: an in-toto Statement v1 whose predicate is the privacy claim of a release.
+
+Source: in-toto Attestation Framework, Statement v1. The predicate is written from executed events (the ledger) and
+from manifests, never from what the configuration hoped for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from medsynth import __version__
+from medsynth.config import Study
+from medsynth.privacy.accounting import Event, epsilon
+from medsynth.privacy.ledger import RELATION, UNIT
+from medsynth.release import spending
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:medsynth:dp-certificate:1"
+_IMPLEMENTATION = (
+    "numpy",
+    "torch",
+    "monai",
+    "diffusers",
+    "opacus",
+    "dp-accounting",
+    "cryptography",
+    "pydicom",
+    "highdicom",
+)
+
+NOT_COVERED: tuple[str, ...] = (
+    "knobs (steps, clip norms, model size, number of restarts) that were chosen by looking at results on this cohort "
+    "in other runs: choose them on public data, or charge every run",
+    "errors in the code, in the operating system's random numbers or in floating-point arithmetic",
+    "that this code really ran on that cohort: the signature says who claims it",
+    "the folders that stay inside (cohort, segmenter, report, MLflow) and every number measured on real patients, such "
+    "as a Dice: publishing one costs privacy that is not counted here",
+    "relatives and other people whose data say something about a patient: the unit is one person",
+    "one person who is registered under two identifiers: he or she counts as two units",
+    "what is true of the population: a release may teach that a disease has a look, and so something about everybody "
+    "who has it, whether in the cohort or not",
+    "other releases made from the same cohort and not listed here: their epsilons add up",
+    "that the public inputs hold no patient of this cohort",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a certificate promises.
+
+    Attributes:
+        epsilon: composed over every ledger entry, rounded up.
+        delta: failure probability, at most 1/(10 declared_patients).
+        accountant: which accountant gave ``epsilon``.
+        budget: epsilon that the configuration allowed.
+        declared_patients: public, declared size of the cohort.
+        epsilon_at: (delta, epsilon) pairs of the same events, rounded up.
+        membership: (false-positive rate, greatest true-positive rate) of any attack on membership, rounded up.
+        linkage: the rule by which records became one patient.
+    """
+
+    epsilon: float
+    delta: float
+    budget: float
+    declared_patients: int
+    epsilon_at: tuple[tuple[float, float], ...]
+    membership: tuple[tuple[float, float], ...]
+    linkage: str
+    accountant: str = "pld"
+    unit: str = UNIT
+    relation: str = RELATION
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the claim as JSON values."""
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "unit": self.unit,
+            "relation": self.relation,
+            "accountant": self.accountant,
+            "budget": self.budget,
+            "declared_patients": self.declared_patients,
+            "epsilon_at": [{"delta": delta, "epsilon": epsilon} for delta, epsilon in self.epsilon_at],
+            "membership": [
+                {
+                    "false_positive_rate": fpr,
+                    "true_positive_rate_at_most": tpr,
+                    "in_words": membership_in_words(fpr, tpr),
+                }
+                for fpr, tpr in self.membership
+            ],
+            "linkage": self.linkage,
+        }
+
+
+def claim_of(events: Sequence[Event], config: Study) -> Claim:
+    """Return what may be promised for executed ``events``; the configuration gives delta, budget and declared size."""
+    delta = config.privacy.delta
+    return Claim(
+        epsilon=spending.round_up(epsilon(events, delta)),
+        delta=delta,
+        budget=config.privacy.epsilon,
+        declared_patients=config.privacy.declared_patients,
+        epsilon_at=tuple((value, spending.cost_at(events, value)) for value in (delta, delta / 10, delta / 100)),
+        membership=spending.membership(events, delta),
+        linkage=linkage_rule(config),
+    )
+
+
+def membership_in_words(fpr: float, tpr: float) -> str:
+    """Return one bound on membership attacks in the words of a privacy officer."""
+    return (
+        f"An attacker who wrongly accuses at most {fpr:.1%} of people outside the cohort recognises at most {tpr:.1%} "
+        f"of the patients in it."
+    )
+
+
+def linkage_rule(config: Study) -> str:
+    """Return, in words, by what rule records became one patient."""
+    pattern = config.ingest.patient_id_pattern
+    files = f"the first group of the expression {pattern} on the file name" if pattern else "the file name"
+    return (
+        "All records of one identifier are one patient: DICOM Patient ID (0010,0020) where the input is DICOM, "
+        f"otherwise {files}. A person under two identifiers counts as two patients."
+    )
+
+
+def public_inputs(config: Study) -> list[str]:
+    """Return what entered the release without costing privacy, with its provenance."""
+    phantoms = config.encode.phantoms
+    codec = f"{phantoms.count} procedural phantoms (seed {phantoms.seed})" if config.encode.codec == "kl" else "none"
+    inputs = [
+        f"latent codec '{config.encode.codec}': learnt from {codec}; phantoms are drawn by medsynth, from no image",
+        "voxel grid, label names, size range and every knob: constants of the configuration",
+    ]
+    if config.train.pretrain_steps:
+        inputs.append(f"pre-training of the denoiser on {config.train.pretrain_phantoms} procedural phantoms")
+    if config.masks.source == "public_shapes":
+        inputs.append("label maps from public shapes")
+    return inputs
+
+
+def implementation() -> dict[str, str]:
+    """Return the versions of what the certificate rests on (read from package metadata; nothing is imported)."""
+    versions = {"medsynth": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _IMPLEMENTATION:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def build(
+    files: Mapping[str, str],
+    claim: Claim,
+    *,
+    accountants: Mapping[str, float],
+    mechanisms: Sequence[Mapping[str, Any]],
+    ledger: Mapping[str, Any],
+    ancestry: Sequence[Mapping[str, Any]],
+    public: Sequence[str],
+) -> dict[str, Any]:
+    """Return the statement that is signed.
+
+    Args:
+        files: SHA-256 of every released file by relative POSIX path; the certificate itself and the key left out.
+        claim: what is promised.
+        accountants: epsilon by accountant, unrounded, for the same events and delta.
+        mechanisms: what each entry of the ledger ran.
+        ledger: head (hash of the last line) and number of entries.
+        ancestry: nodes of the walk back to the cohort.
+        public: public inputs in words.
+    """
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(files.items())],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "claim": claim.as_json(),
+            "accountants": dict(accountants),
+            "mechanisms": [dict(mechanism) for mechanism in mechanisms],
+            "ledger": dict(ledger),
+            "ancestry": [dict(node) for node in ancestry],
+            "not_covered": list(NOT_COVERED),
+            "public_inputs": list(public),
+            "earlier_releases": [],
+            "cumulative_epsilon": claim.epsilon,
+            "implementation": implementation(),
+        },
+    }

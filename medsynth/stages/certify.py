@@ -1,0 +1,139 @@
+"""certify: render what will leave, walk back to the cohort, and sign what the ledger says it cost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medsynth import store
+from medsynth.config import Study
+from medsynth.errors import CertificationError
+from medsynth.imaging.cohort import read_pairs
+from medsynth.logs import say
+from medsynth.privacy.accounting import Event, epsilon
+from medsynth.privacy.ledger import Ledger
+from medsynth.release import card, gate, payload, signing, spending, statement
+from medsynth.release.ancestry import Ancestry, walk
+from medsynth.release.marks import (
+    ANCESTRY,
+    CERTIFICATE,
+    DATASET_CARD,
+    LEDGER,
+    PAYLOAD,
+    PRIVACY_PAGE,
+    PUBLIC_KEY,
+    UNCERTIFIED,
+)
+from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+AGREEMENT = 0.02
+"""The two accountants may differ by this much, absolute below epsilon 1 and relative above."""
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Write ``certificate/``: the payload of the release and the signed statement over it.
+
+    Args:
+        config: the study; what is claimed comes from the ledger, not from here.
+        inputs: ``synthetic``, ``ledger``, ``keys``, and any ancestor folder that does not lie beside ``synthetic``.
+        out: the folder to write.
+        tracker: receives epsilon by accountant.
+
+    Raises:
+        CertificationError: something in the ancestry cannot be certified and ``export.uncertified`` is not set, or
+            (always) a folder was changed since it was finished.
+    """
+    folders = stage_inputs(inputs, "synthetic")
+    ledger = Ledger(inputs["ledger"])
+    ancestry = walk(folders["synthetic"], inputs)
+    reasons = gate.refusals(ancestry, ledger, config.privacy)
+    if reasons and not config.export.uncertified:
+        raise CertificationError(gate.explain(reasons))
+    with store.create(out, "certify", config_digest(config, "certify"), folders) as folder:
+        body = folder.path / PAYLOAD
+        body.mkdir()
+        count = payload.write_payload(body, read_pairs(folders["synthetic"]), config.grid, config.export)
+        if reasons:
+            _leave_uncertified(config, body, count, reasons)
+            return folder.finish("internal", details={"certified": False, "pairs": count})
+        claim = _certify(config, inputs, folder.path, count, ancestry, ledger, tracker)
+        details = {"certified": True, "pairs": count, "epsilon": claim.epsilon, "delta": claim.delta}
+        return folder.finish("released", details=details)
+
+
+def _leave_uncertified(config: Study, body: Path, count: int, reasons: list[str]) -> None:
+    (body / UNCERTIFIED).write_text(card.uncertified_note(reasons), encoding="utf-8")
+    _write_words(config, body, count, None)
+    say("release without certificate", reasons=len(reasons))
+
+
+def _certify(
+    config: Study,
+    inputs: Mapping[str, Path],
+    out: Path,
+    count: int,
+    ancestry: Ancestry,
+    ledger: Ledger,
+    tracker: Tracker,
+) -> statement.Claim:
+    events = spending.events(ledger.entries())
+    accountants = agreeing_accountants(events, config.privacy.delta)
+    claim = statement.claim_of(events, config)
+    body = out / PAYLOAD
+    nodes = [node.as_json() for node in ancestry.nodes]
+    _write_words(config, body, count, claim)
+    shutil.copyfile(inputs["ledger"], body / LEDGER)
+    payload.write_json(body / ANCESTRY, nodes)
+    entries = ledger.entries()
+    signed = statement.build(
+        store.digest_tree(body),
+        claim,
+        accountants=accountants,
+        mechanisms=[spending.mechanism(entry) for entry in entries],
+        ledger={"head": ledger.head, "entries": len(entries)},
+        ancestry=nodes,
+        public=statement.public_inputs(config),
+    )
+    _sign(out, inputs["keys"], signed)
+    tracker.metrics({"epsilon": claim.epsilon, **{f"epsilon_{name}": value for name, value in accountants.items()}})
+    say("certified", epsilon=claim.epsilon, delta=claim.delta, unit=claim.unit, pairs=count)
+    return claim
+
+
+def agreeing_accountants(events: list[Event], delta: float) -> dict[str, float]:
+    """Return epsilon by ``pld``, ``prv`` and ``rdp``.
+
+    Args:
+        events: everything that the ledger holds.
+        delta: failure probability of the claim.
+
+    Raises:
+        CertificationError: PLD and PRV, two independent implementations, differ by more than :data:`AGREEMENT`.
+    """
+    values = {
+        "pld": epsilon(events, delta, "pld"),
+        "prv": epsilon(events, delta, "prv"),
+        "rdp": epsilon(events, delta, "rdp"),
+    }
+    if abs(values["pld"] - values["prv"]) > AGREEMENT * max(1.0, values["pld"]):
+        raise CertificationError(
+            f"two accountants disagree: epsilon {values['pld']:.4f} (PLD) and {values['prv']:.4f} (PRV) for the same "
+            "ledger. Nothing is certified until it is known why: report it with the ledger"
+        )
+    return values
+
+
+def _write_words(config: Study, body: Path, count: int, claim: statement.Claim | None) -> None:
+    public = statement.public_inputs(config)
+    (body / DATASET_CARD).write_text(card.dataset_card(config, count, claim), encoding="utf-8")
+    (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public), encoding="utf-8")
+
+
+def _sign(out: Path, keys: Path, signed: dict[str, Any]) -> None:
+    key = signing.load_or_create_key(keys)
+    payload.write_json(out / CERTIFICATE, signing.sign(store.canonical_json(signed), key))
+    (out / PUBLIC_KEY).write_bytes(signing.public_pem(key))
