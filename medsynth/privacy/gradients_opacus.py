@@ -7,6 +7,7 @@ every Conv2d input is made contiguous here, and the preflight still compares the
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +87,10 @@ class OpacusBackend:
 
     def _row_gradients(self, batch: Batch, rows: int, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         losses = check_losses(self.row_loss(self.model, batch), rows)
-        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        with warnings.catch_warnings():
+            # The first layer's input needs no gradient; Opacus uses the gradient of its output only.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own signature
         return [_take_sample(parameter, rows) for parameter in parameters]
 
 

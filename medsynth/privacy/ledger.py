@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock
 
@@ -22,12 +22,39 @@ from medsynth.errors import BudgetError, PrivacyError, VerificationError
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.accounting import epsilon as compose
 from medsynth.privacy.entropy import describe_source
-from medsynth.privacy.mechanism import DpSgd, GaussianSum
 
 GENESIS = "0" * 64
 UNIT = "patient"
 RELATION = "add_or_remove_one"
 Record = dict[str, Any]
+
+
+class Mechanism(Protocol):
+    """What the ledger reads from a plan of :mod:`medsynth.privacy.mechanism`."""
+
+    @property
+    def name(self) -> str:
+        """What is released."""
+
+    @property
+    def kind(self) -> str:
+        """``gaussian_sum`` or ``dp_sgd``."""
+
+    @property
+    def scheme(self) -> str:
+        """How patients are sampled, in words."""
+
+    @property
+    def clip_norm(self) -> float:
+        """Sensitivity."""
+
+    @property
+    def denominator(self) -> float:
+        """Public constant that the sum is divided by."""
+
+    def event(self) -> Event:
+        """Return what all of it costs."""
+
 
 # Keys that would betray the cohort or the noise, wherever they stand in a record.
 _FORBIDDEN = frozenset({"n", "patients", "n_patients", "batch_size", "batch_sizes", "loss", "losses", "seed", "path"})
@@ -47,7 +74,7 @@ class Ledger:
     def reserve(
         self,
         stage: str,
-        mechanisms: Sequence[GaussianSum | DpSgd | Event],
+        mechanisms: Sequence[Mechanism | Event],
         *,
         epsilon: float,
         delta: float,
@@ -89,16 +116,17 @@ class Ledger:
             PrivacyError: a value that must not be recorded, or DP-SGD without a passed preflight.
         """
         events = [entry if isinstance(entry, Event) else entry.event() for entry in mechanisms]
+        clip_norms, by_plan, schemes = _plan_fields(mechanisms)
         _require_preflight(events, preflight)
         record: Record = {
             "type": "reserve",
             "stage": stage,
             "code": f"medsynth {__version__}",
-            "mechanisms": [_mechanism_name(entry) for entry in mechanisms],
+            "mechanisms": [e.kind if isinstance(e, Event) else f"{e.kind}:{e.name}" for e in mechanisms],
             "events": [event.to_json() for event in events],
-            "sensitivity": {"unit": UNIT, "relation": RELATION, **_clip_norms(mechanisms), **(sensitivity or {})},
-            "denominators": {**_denominators(mechanisms), **(denominators or {})},
-            "sampling": {**_sampling(mechanisms), **(sampling or {})},
+            "sensitivity": {"unit": UNIT, "relation": RELATION, "clip_norms": clip_norms, **(sensitivity or {})},
+            "denominators": {**by_plan, **(denominators or {})},
+            "sampling": {**schemes, **(sampling or {})},
             "noise_source": describe_source(noise_source) if isinstance(noise_source, str) else dict(noise_source),
             "config_digest": config_digest,
             "parents": dict(parents),
@@ -306,24 +334,16 @@ def _require_preflight(events: Sequence[Event], preflight: Mapping[str, Any] | N
         raise PrivacyError("DP-SGD is reserved only with the evidence of a passed preflight: run preflight() first")
 
 
-def _mechanism_name(entry: GaussianSum | DpSgd | Event) -> str:
-    if isinstance(entry, Event):
-        return entry.kind
-    return f"{'gaussian_sum' if isinstance(entry, GaussianSum) else 'dp_sgd'}:{entry.name}"
-
-
-def _clip_norms(mechanisms: Sequence[GaussianSum | DpSgd | Event]) -> Record:
-    norms = {entry.name: entry.clip_norm for entry in mechanisms if not isinstance(entry, Event)}
-    return {"clip_norms": norms} if norms else {}
-
-
-def _denominators(mechanisms: Sequence[GaussianSum | DpSgd | Event]) -> dict[str, float]:
-    return {entry.name: entry.denominator for entry in mechanisms if not isinstance(entry, Event)}
-
-
-def _sampling(mechanisms: Sequence[GaussianSum | DpSgd | Event]) -> Record:
-    subsampled = any(isinstance(entry, DpSgd) for entry in mechanisms)
-    return {"scheme": "bernoulli over patients" if subsampled else "every patient once"}
+def _plan_fields(mechanisms: Sequence[Mechanism | Event]) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Return clip norms, denominators and sampling schemes by name of plan."""
+    plans = [entry for entry in mechanisms if not isinstance(entry, Event)]
+    if len({plan.name for plan in plans}) < len(plans):
+        raise PrivacyError("two mechanisms of one reservation have the same name: name each release")
+    return (
+        {plan.name: plan.clip_norm for plan in plans},
+        {plan.name: plan.denominator for plan in plans},
+        {plan.name: plan.scheme for plan in plans},
+    )
 
 
 def _refuse_private(value: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ class GaussianSum:
         noise_multiplier: standard deviation of the noise / ``clip_norm``; 0 only for a non-private study.
         denominator: public constant that the sum is divided by (declared, never counted).
     """
+
+    kind: ClassVar[str] = "gaussian_sum"
+    scheme: ClassVar[str] = "every patient once"
 
     name: str
     dimensions: int
@@ -91,6 +94,9 @@ class DpSgd:
         denominator: public constant that the sum is divided by (sampling rate x declared patients; never counted).
     """
 
+    kind: ClassVar[str] = "dp_sgd"
+    scheme: ClassVar[str] = "bernoulli over patients"
+
     name: str
     sampling_rate: float
     steps: int
@@ -132,19 +138,14 @@ class DpSgd:
             clipped_sum: one tensor a trainable parameter, the WHOLE step's sum (after accumulation and reduction).
             entropy: source of the noise.
         """
-        import torch
-
         scale = self.noise_multiplier * self.clip_norm
         noisy = []
         for part in clipped_sum:
             total = part.detach().double()
             if scale:
-                total = total + torch.from_numpy(entropy.normal(tuple(part.shape)) * scale).to(total.device)
+                total = total + total.new_tensor(entropy.normal(tuple(part.shape)) * scale)
             noisy.append((total / self.denominator).float())
         return noisy
-
-
-Mechanism = GaussianSum | DpSgd
 
 
 def clip_vector(vector: NDArray[np.float64], clip_norm: float) -> NDArray[np.float64]:

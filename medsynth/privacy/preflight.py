@@ -96,7 +96,10 @@ def preflight(
         raise PrivacyError(f"the preflight needs at least two public batches, got {len(batches)}")
     if backend.clip_norm != clip_norm:
         raise PrivacyError(f"the backend clips at {backend.clip_norm:g}, the plan says {clip_norm:g}")
+    before = [buffer.clone() for buffer in model.buffers()]
     gradients = [_naive_gradient(model, row_loss, batch) for batch in batches]
+    if not all(torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
+        raise PrivacyError("a layer changed its buffers in the forward pass: it would remember patients without noise")
     norms = [math.sqrt(sum(float((part**2).sum()) for part in gradient)) for gradient in gradients]
     if not all(math.isfinite(norm) and norm > 0 for norm in norms):
         raise PrivacyError("the preflight's public batches give gradients that vanish or are not finite")
