@@ -2,7 +2,7 @@
 
 Images are single-frame MR or CT Image Storage, or Secondary Capture for photographs and anything without a geometry
 (PS3.3 A.4, A.3, A.8); labels are BINARY Segmentations (PS3.3 A.51). What is marked synthetic carries only public
-constants and fresh identifiers in its header, as PS3.3 C.12.1.1 (Synthetic Data, Contributing Equipment) and C.7.1.1
+constants and fresh identifiers in its header, as PS3.3 C.12.1 (Synthetic Data, Contributing Equipment) and C.7.1.1
 (Patient Identity Removed) describe.
 """
 

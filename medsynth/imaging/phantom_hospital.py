@@ -105,6 +105,13 @@ def anatomy_of(seed: int, index: int) -> Anatomy:
     )
 
 
+def patient_name(index: int) -> str:
+    """Return the name in the headers of patient ``index``: a first name, and a middle initial once they run out."""
+    turn, first = divmod(index, len(FIRST_NAMES))
+    middle = f"^{chr(ord('A') + turn % 26)}" if turn else ""
+    return f"{FAMILY_NAME}^{FIRST_NAMES[first]}{middle}"
+
+
 def organ(anatomy: Anatomy, rng: np.random.Generator, shift_mm: npt.NDArray[np.floating]) -> tuple[Labels, Floats]:
     """Draw the label map of a person's organ, and the millimetres of every voxel in the organ's own frame.
 
@@ -186,7 +193,7 @@ def _write_dicom_patient(folder: Path, index: int, seed: int, scans: int) -> Pat
     uids = seeded_uids(f"medsynth phantom hospital/{seed}/{index}")
     person: dict[str, Any] = {
         "patient_id": patient_id,
-        "patient_name": f"{FAMILY_NAME}^{FIRST_NAMES[index % len(FIRST_NAMES)]}",
+        "patient_name": patient_name(index),
         "birth_date": f"{int(rng.integers(1940, 2000))}{int(rng.integers(1, 13)):02d}{int(rng.integers(1, 29)):02d}",
         "sex": str(rng.choice(["F", "M"])),
     }
