@@ -221,7 +221,7 @@ def _planes(image: npt.NDArray[Any], colour: bool) -> list[npt.NDArray[Any]]:
     return [plane.T for plane in np.moveaxis(np.atleast_3d(image), 2, 0)]
 
 
-def _plane_geometry(affine_ras: npt.NDArray[np.floating], slices: int) -> Iterator[dict[str, Any]]:
+def _plane_geometry(affine_ras: npt.NDArray[np.floating], slices: int) -> Iterator[Dataset]:
     """Yield the Image Plane attributes of each slice (PS3.3 C.7.6.2), in LPS mm."""
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine_ras, np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -232,12 +232,12 @@ def _plane_geometry(affine_ras: npt.NDArray[np.floating], slices: int) -> Iterat
     if max(shears) > _SHEAR_TOLERANCE:
         raise InputError("the affine is sheared: DICOM planes need perpendicular axes, resample the image first")
     for index in range(slices):
-        yield {
-            "ImagePositionPatient": _decimal(affine[:3, 2] * index + affine[:3, 3]),
-            "ImageOrientationPatient": _decimal([*across, *down]),
-            "PixelSpacing": _decimal([spacing[1], spacing[0]]),
-            "SliceThickness": _decimal([spacing[2]])[0],
-        }
+        plane = Dataset()
+        plane.ImagePositionPatient = _decimal(affine[:3, 2] * index + affine[:3, 3])
+        plane.ImageOrientationPatient = _decimal([*across, *down])
+        plane.PixelSpacing = _decimal([spacing[1], spacing[0]])
+        plane.SliceThickness = _decimal([spacing[2]])[0]
+        yield plane
 
 
 def _decimal(values: Any) -> list[str]:
@@ -286,7 +286,7 @@ def mark_synthetic(dataset: Dataset) -> None:
     dataset.ContributingEquipmentSequence = [equipment]
 
 
-def _instance(common: Dataset, meta: SeriesMeta, number: int, geometry: dict[str, Any] | None) -> Dataset:
+def _instance(common: Dataset, meta: SeriesMeta, number: int, geometry: Dataset | None) -> Dataset:
     """Build the header of one slice."""
     dataset = Dataset()
     dataset.update(common)
@@ -312,14 +312,7 @@ def _instance(common: Dataset, meta: SeriesMeta, number: int, geometry: dict[str
         dataset.PatientOrientation = ""
     if geometry is not None:
         dataset.PatientPosition = "HFS"
-        dataset.update(_attributes(geometry))
-    return dataset
-
-
-def _attributes(values: Mapping[str, Any]) -> Dataset:
-    dataset = Dataset()
-    for keyword, value in values.items():
-        setattr(dataset, keyword, value)
+        dataset.update(geometry)
     return dataset
 
 

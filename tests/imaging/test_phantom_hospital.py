@@ -72,6 +72,18 @@ def test_good_series_hold_the_scan_and_its_labels_in_one_geometry(folder: Path, 
     assert [item.SegmentLabel for item in seg.SegmentSequence] == ["Anterior", "Posterior"]
 
 
+@pytest.mark.parametrize("order", hospital._PLANES)
+def test_turning_to_the_scanners_axes_moves_no_voxel_in_space(order: tuple[int, int, int]) -> None:
+    image = np.arange(60, dtype=np.uint16).reshape(3, 4, 5)
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    affine[:3, 3] = [-7, 5, 11]
+    turned, label, there = hospital._as_acquired(image, (image % 3).astype(np.uint8), affine, list(order))
+    np.testing.assert_array_equal(label, turned % 3)
+    for at, value in np.ndenumerate(turned):
+        here = np.argwhere(image == value)[0]
+        np.testing.assert_allclose(there @ [*at, 1], affine @ [*here, 1])
+
+
 def test_the_front_part_lies_in_front_and_is_a_bit_brighter(folder: Path) -> None:
     for index in range(4, PATIENTS):
         image, label = nifti(folder, "imagesTr", index), nifti(folder, "labelsTr", index)
