@@ -1,0 +1,80 @@
+"""The downstream segmentation network, the ruler that real and synthetic pairs are measured with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from monai.networks.nets.unet import UNet
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medsynth.config import Grid, Segment
+from medsynth.errors import ConfigError, StoreError
+
+
+def build_segmenter(grid: Grid, segment: Segment) -> nn.Module:
+    """Build a residual U-Net of any rank (Kerfoot et al. 2018, "Left-ventricle quantification using residual U-Net").
+
+    Args:
+        grid: gives rank, input channels and classes; every axis must divide by 2^(levels - 1).
+        segment: gives the width of each level.
+
+    Returns:
+        A module from images ``(batch, channel, *spatial)`` in [-1, 1] to logits ``(batch, class, *spatial)``.
+
+    Raises:
+        ConfigError: the grid cannot be halved as often as the levels ask.
+    """
+    factor = 2 ** (len(segment.channels) - 1)
+    if any(size % factor for size in grid.shape):
+        raise ConfigError(f"segment.channels has {len(segment.channels)} levels: grid.shape must divide by {factor}")
+    return UNet(
+        spatial_dims=grid.spatial_dims,
+        in_channels=grid.channels,
+        out_channels=grid.classes,
+        channels=segment.channels,
+        strides=(2,) * (len(segment.channels) - 1),
+        num_res_units=2,
+        norm=("instance", {"affine": True}),
+    )
+
+
+def save_segmenter(model: nn.Module, path: Path) -> None:
+    """Write the weights as safetensors."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path)
+
+
+def load_segmenter(grid: Grid, segment: Segment, path: Path) -> nn.Module:
+    """Build the network and load its weights, ready to predict.
+
+    Raises:
+        StoreError: the file is missing or holds another architecture.
+    """
+    model = build_segmenter(grid, segment)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise StoreError(f"'{path.name}' is no segmenter of this configuration: run the stage segment again") from error
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
+    """Return the most likely label of each voxel.
+
+    Args:
+        model: from :func:`build_segmenter`.
+        images: ``(record, channel, *spatial)`` in [-1, 1], the whole grid.
+        batch_size: records at a time.
+
+    Returns:
+        Labels ``(record, *spatial)``, uint8, on the CPU.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    parts = []
+    for start in range(0, len(images), batch_size):
+        logits = model(images[start : start + batch_size].to(device))
+        parts.append(logits.argmax(dim=1).to(torch.uint8).cpu())
+    return torch.cat(parts)
