@@ -52,9 +52,9 @@ def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Expor
         if "nifti" in export.formats:
             _write_nifti(folder / "nifti", name, pair, grid)
         if "dicom" in export.formats and number <= export.dicom_pairs:
-            _write_dicom(folder / "dicom" / name, name, pair, grid)
+            _write_dicom(folder / "dicom", name, pair, grid)
         if "png" in export.formats and grid.spatial_dims == 2:
-            _write_png(folder / "png", name, pair)
+            _write_png(folder / "png", name, pair, grid)
         names.append(name)
     if not names:
         raise CertificationError("the folder of stage 'synthesise' holds no pair: run it again")
@@ -136,13 +136,15 @@ def _write_dicom(folder: Path, name: str, pair: Pair, grid: Grid) -> None:
     )
 
 
-def _write_png(folder: Path, name: str, pair: Pair) -> None:
+def _write_png(folder: Path, name: str, pair: Pair, grid: Grid) -> None:
     from PIL import Image
 
-    # arrays are (x, y); a picture has rows (y) first
-    image = np.swapaxes(_levels(pair.image, 255), 1, 2).astype(np.uint8)
+    # arrays are (x, y), a picture has rows (y) first; anatomy is shown with the patient's left on the right
+    facing = slice(None) if grid.spacing_mm is None else slice(None, None, -1)
+    image = np.swapaxes(_levels(pair.image, 255)[:, facing, facing], 1, 2).astype(np.uint8)
+    label = pair.label[facing, facing].T.astype(np.uint8)
     pixels = image[0] if image.shape[0] == 1 else np.moveaxis(image, 0, -1)
-    for kind, array in (("images", pixels), ("labels", pair.label.T.astype(np.uint8))):
+    for kind, array in (("images", pixels), ("labels", label)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(array)).save(folder / kind / f"{name}.png")
 

@@ -37,9 +37,11 @@ def round_up(value: float, decimals: int = _DECIMALS) -> float:
     >>> round_up(7.12301), round_up(7.123)
     (7.124, 7.123)
     """
+    if not math.isfinite(value):
+        return value
     scale = 10**decimals
     # what is within floating-point error of a round number stays there
-    return math.ceil(value * scale - 1e-9) / scale
+    return float(math.ceil(value * scale - 1e-9) / scale)
 
 
 def events(entries: Sequence[Record]) -> list[Event]:

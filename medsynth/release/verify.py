@@ -62,7 +62,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether every check holds."""
-        return all(check.ok for check in self.checks)
+        return bool(self.checks) and all(check.ok for check in self.checks)
 
     @property
     def failures(self) -> list[str]:

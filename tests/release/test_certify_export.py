@@ -1,0 +1,188 @@
+"""The two stages: what they write, what they refuse, and what leaves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from medsynth import store
+from medsynth.config import Study
+from medsynth.errors import CertificationError, StoreError, VerificationError
+from medsynth.privacy.accounting import Event
+from medsynth.release.verify import verify
+from medsynth.stages import certify, export
+from medsynth.tracking import Tracker
+
+Run = Callable[..., Path]
+Make = Callable[..., Study]
+
+
+def inputs_of(run: Path) -> dict[str, Path]:
+    return {"synthetic": run / "synthetic", "ledger": run / "ledger.jsonl", "keys": run / "keys"}
+
+
+@pytest.fixture
+def one_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the second opinion of Opacus, which takes seconds to import."""
+    monkeypatch.setattr(certify, "agreeing_accountants", lambda events, delta: {"pld": 1.0})
+
+
+def test_certificate_and_release_hold_what_they_should(certified_run: Path) -> None:
+    certificate, release = store.read_manifest(certified_run / "certificate"), certified_run / "release"
+    assert certificate.sensitivity == "released" and set(certificate.parents) == {"synthetic"}
+    assert store.read_manifest(release).sensitivity == "released"
+    top = {path.name for path in release.iterdir()}
+    assert top == {
+        "nifti", "dicom", "DATASET_CARD.md", "PRIVACY.md", "certificate.dsse.json", "public.pem", "ledger.jsonl",
+        "ancestry.json", "manifest.json",
+    }  # fmt: skip
+    assert stat.S_IMODE((certified_run / "keys" / "private.pem").stat().st_mode) == 0o600
+
+
+def test_pitfall_15_nothing_but_the_payload_leaves(certified_run: Path) -> None:
+    names = {path.name for path in (certified_run / "release").rglob("*")}
+    assert "preview.png" not in names and "cases.csv" not in names and "pairs.csv" not in names
+
+
+def test_nothing_of_the_cohort_but_its_salted_digest_leaves(certified_run: Path) -> None:
+    cohort = store.read_manifest(certified_run / "cohort")
+    text = "".join(p.read_text() for p in (certified_run / "release").glob("*.*"))
+    assert not any(digest in text for digest in cohort.files.values())
+    assert cohort.details["salt"] not in text
+    assert cohort.digest in text
+
+
+def test_msd_layout_is_valid_and_faithful(certified_run: Path, fake_study: Make) -> None:
+    from medsynth.imaging.cohort import read_pairs
+
+    nifti = certified_run / "release" / "nifti"
+    dataset = json.loads((nifti / "dataset.json").read_text())
+    assert dataset["labels"] == {"0": "background", "1": "front", "2": "back"}
+    assert dataset["numTraining"] == len(dataset["training"]) == 3 and dataset["numTest"] == 0 and dataset["test"] == []
+    assert dataset["tensorImageSize"] == "3D" and dataset["modality"] == {"0": "MRI"}
+    assert "synthetic" in dataset["description"].lower() and dataset["licence"] == "CC-BY-4.0"
+    for row, pair in zip(dataset["training"], read_pairs(certified_run / "synthetic"), strict=True):
+        image, label = nibabel.load(nifti / row["image"]), nibabel.load(nifti / row["label"])
+        assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(image.affine, label.affine)
+        assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
+        np.testing.assert_allclose(image.header.get_zooms(), (1, 1.5, 2))
+        np.testing.assert_array_equal(np.asarray(label.dataobj), pair.label)
+        np.testing.assert_allclose(np.asarray(image.dataobj) / 500 - 1, pair.image[0], atol=1.1e-3)
+
+
+def test_pitfall_20_headers_are_public_constants(certified_run: Path) -> None:
+    for path in (certified_run / "release" / "nifti").rglob("*.nii.gz"):
+        assert path.read_bytes()[4:8] == b"\0\0\0\0"  # RFC 1952: no time stamp
+        header = nibabel.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes())).header
+        assert header["descrip"].item() == b"synthetic (medsynth)"
+        assert header["intent_name"].item() == header["aux_file"].item() == header["db_name"].item() == b""
+        assert not header.extensions
+
+
+def test_dicom_is_marked_synthetic(certified_run: Path) -> None:
+    import pydicom
+
+    files = sorted((certified_run / "release" / "dicom").rglob("*.dcm"))
+    datasets = [pydicom.dcmread(path) for path in files]
+    assert {d.Modality for d in datasets} == {"MR", "SEG"}
+    assert {d.PatientID for d in datasets} == {"synthetic_0001"}
+    for dataset in datasets:
+        assert dataset[0x0008, 0x001C].value == "YES"
+        assert dataset.Modality == "SEG" or "SourceImageSequence" not in dataset
+    own = {str(d.SOPInstanceUID) for d in datasets}
+    pointed_at = {str(e.value) for d in datasets for e in d.iterall() if e.keyword == "ReferencedSOPInstanceUID"}
+    assert pointed_at and pointed_at <= own  # a segmentation points at its synthetic image, and at nothing else
+    assert len({d.SOPInstanceUID for d in datasets}) == len(datasets)
+
+
+def test_words_carry_the_claim(certified_run: Path) -> None:
+    claim = verify(certified_run / "release").claim
+    for name in ("DATASET_CARD.md", "PRIVACY.md"):
+        text = (certified_run / "release" / name).read_text()
+        assert f"epsilon = {claim['epsilon']:g}, delta = {claim['delta']:g}" in text
+        assert "patient" in text
+
+
+def test_two_accountants_agree(certified_run: Path) -> None:
+    events = [Event("gaussian", 8.0), Event("subsampled_gaussian", 3.0, 0.25, 20)]
+    values = certify.agreeing_accountants(events, 1e-4)
+    assert abs(values["pld"] - values["prv"]) <= 0.02 and values["rdp"] > values["pld"]
+
+
+def test_disagreeing_accountants_stop_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"pld": 2.0, "prv": 2.1, "rdp": 2.2}
+    monkeypatch.setattr(certify, "epsilon", lambda events, delta, accountant: answers[accountant])
+    with pytest.raises(CertificationError, match="disagree"):
+        certify.agreeing_accountants([], 1e-4)
+
+
+def test_uncertifiable_run_is_refused_and_leaves_no_folder(fake_run: Run, fake_study: Make) -> None:
+    run = fake_run(nonprivate=True)
+    with pytest.raises(CertificationError, match=r"export\.uncertified: true"):
+        certify.run(fake_study(), inputs_of(run), run / "certificate", Tracker())
+    assert not (run / "certificate").exists() and not (run / ".certificate.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nonprivate": True, "generator_sensitivity": "internal"}, {"noise_source": "test_only"}]
+)
+def test_uncertified_release_says_so_and_never_verifies(fake_run: Run, fake_study: Make, wrong: dict[str, Any]) -> None:
+    run, study = fake_run(**wrong), fake_study(export={"uncertified": True, "formats": ["nifti"]})
+    manifest = certify.run(study, inputs_of(run), run / "certificate", Tracker())
+    assert manifest.sensitivity == "internal"
+    assert not (run / "certificate" / "certificate.dsse.json").exists()
+    assert export.run(study, {"certificate": run / "certificate"}, run / "release", Tracker()).sensitivity == "internal"
+    assert "no privacy promise" in (run / "release" / "UNCERTIFIED").read_text()
+    assert "no certificate" in (run / "release" / "DATASET_CARD.md").read_text()
+    assert "epsilon = " not in (run / "release" / "PRIVACY.md").read_text()
+    report = verify(run / "release")
+    assert not report.ok and any("UNCERTIFIED" in failure for failure in report.failures)
+
+
+def test_uncertified_certificate_is_not_exported_by_another_config(fake_run: Run, fake_study: Make) -> None:
+    run, study = fake_run(nonprivate=True), fake_study(export={"uncertified": True, "formats": ["nifti"]})
+    certify.run(study, inputs_of(run), run / "certificate", Tracker())
+    with pytest.raises(CertificationError, match=r"export\.uncertified"):
+        export.run(fake_study(), {"certificate": run / "certificate"}, run / "release", Tracker())
+    assert not (run / "release").exists()
+
+
+def test_uncertified_does_not_excuse_changed_files(fake_run: Run, fake_study: Make) -> None:
+    run = fake_run(nonprivate=True)
+    (run / "synthetic" / "pairs.csv").write_text("changed")
+    with pytest.raises(CertificationError, match=r"pairs\.csv"):
+        certify.run(fake_study(export={"uncertified": True}), inputs_of(run), run / "certificate", Tracker())
+
+
+def test_a_sound_run_is_certified_even_where_uncertified_is_allowed(
+    fake_run: Run, fake_study: Make, one_accountant: None
+) -> None:
+    run, study = fake_run(), fake_study(export={"uncertified": True, "formats": ["nifti"]})
+    assert certify.run(study, inputs_of(run), run / "certificate", Tracker()).sensitivity == "released"
+    export.run(study, {"certificate": run / "certificate"}, run / "release", Tracker())
+    assert verify(run / "release", run / "keys" / "public.pem").ok
+
+
+def test_export_checks_itself_before_the_folder_appears(fake_run: Run, fake_study: Make, one_accountant: None) -> None:
+    run, study = fake_run(), fake_study(export={"formats": ["nifti"]})
+    certify.run(study, inputs_of(run), run / "certificate", Tracker())
+    (run / "certificate" / "payload" / "nifti" / "dataset.json").write_text("{}")
+    with pytest.raises(VerificationError, match=r"dataset\.json was changed"):
+        export.run(study, {"certificate": run / "certificate"}, run / "release", Tracker())
+    assert not (run / "release").exists()
+
+
+def test_missing_input_is_named(fake_study: Make, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="synthetic"):
+        certify.run(fake_study(), {}, tmp_path / "certificate", Tracker())
+    with pytest.raises(StoreError, match="certificate"):
+        export.run(fake_study(), {}, tmp_path / "release", Tracker())
