@@ -61,6 +61,7 @@ class Grid(Section):
     release_shape_range: tuple[tuple[int, int], ...] | None = Field(
         None, description="public range of the released sizes an axis, voxels; None: the whole grid"
     )
+    release_margin: Annotated[int, Field(ge=0)] = Field(5, description="voxels between the labels and a released edge")
 
     @property
     def classes(self) -> int:
@@ -96,6 +97,7 @@ class Ingest(Section):
         None, description="regular expression on file stems whose first group is the patient (linkage rule)"
     )
     min_foreground_voxels: Annotated[int, Field(ge=0)] = 1
+    require_labels: bool = Field(True, description="false: cases without a mask come in too, unlabelled")
     mask_threshold: int = Field(128, description="image/mask folders with two labels: mask value from which it is 1")
 
     @model_validator(mode="after")
@@ -171,9 +173,8 @@ class Masks(Section):
     coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients kept an axis")
     band_voxels: Positive = Field(2.0, description="signed distances are truncated at this many voxels")
     covariance: Literal["diagonal", "full"] = "diagonal"
-    pose_clip_norm: Positive = 4.0
-    shape_clip_norm: Positive = 40.0
-    spread_clip_norm: Positive = Field(25.0, description="bound on the deviation from the released mean shape")
+    mean_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
+    spread_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
     min_component_voxels: Annotated[int, Field(ge=0)] = 8
 
 
@@ -181,8 +182,8 @@ class Appearance(Section):
     """Statistics of intensity by label, distance and position that dress the phantoms of pre-training."""
 
     enabled: bool = True
-    coefficients: tuple[Count, ...] = (4, 5, 4)
-    clip_norm: Positive = 6.0
+    coefficients: tuple[Count, ...] = Field((6, 8, 6), description="low-frequency coefficients of the mean image")
+    clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
 
 
 class Train(Section):
@@ -208,7 +209,7 @@ class Train(Section):
     learning_rate: Positive = 1e-3
     batch_size: Count = Field(4, description="only for epsilon inf; a private run samples patients at `sampling_rate`")
     sampling_rate: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 0.25
-    clip_norm: Positive = 1.0
+    clip_norm: Positive | None = Field(None, description="None: the median over public phantoms")
     draws: Count = Field(4, description="noise draws a patient averaged before the clip")
     max_records: Count = Field(1, description="at most so many slices or scans a patient and step")
     backend: Literal["unit", "opacus"] = "unit"
@@ -309,6 +310,8 @@ class Study(Section):
             raise ValueError("train.channels must divide by train.norm_groups")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
+        if self.privacy.private and self.masks.covariance == "full":
+            raise ValueError("masks.covariance full drowns in noise at a finite privacy.epsilon: use diagonal")
         if self.grid.slice_axis is not None and dims != 2:
             raise ValueError("grid.slice_axis is for spatial_dims 2")
         return self

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -85,6 +86,11 @@ def is_done(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def partial(out: Path) -> Path:
+    """Return where the stage folder ``out`` is written until it is finished."""
+    return out.with_name(f".{out.name}.partial")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a finished stage folder.
 
@@ -105,7 +111,7 @@ class StageFolder:
 
     def __init__(self, final: Path, stage: str, config_digest: str, inputs: Mapping[str, Path]) -> None:
         self.final = final
-        self.path = final.with_name(f".{final.name}.partial")
+        self.path = partial(final)
         self._stage = stage
         self._config_digest = config_digest
         self._inputs = dict(inputs)
@@ -125,6 +131,11 @@ class StageFolder:
             ledger_entries: ids of the ledger entries whose outputs lie here.
             details: stage-specific JSON values.
         """
+        values = dict(details or {})
+        if sensitivity == "private":
+            # the digest of a private folder leaves in the ledger: unsalted, whoever has all patients but one could
+            # test for that one
+            values.setdefault("salt", secrets.token_hex(16))
         parents = {name: read_manifest(folder).digest for name, folder in sorted(self._inputs.items())}
         self.manifest = Manifest(
             stage=self._stage,
@@ -133,7 +144,7 @@ class StageFolder:
             parents=parents,
             ledger_entries=tuple(ledger_entries),
             files=digest_tree(self.path),
-            details=dict(details or {}),
+            details=values,
         )
         text = json.dumps(asdict(self.manifest), indent=1, sort_keys=True, ensure_ascii=False)
         with (self.path / MANIFEST).open("w", encoding="utf-8") as handle:

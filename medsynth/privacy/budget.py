@@ -17,8 +17,9 @@ from medsynth.config import Masks, Privacy, Train
 from medsynth.errors import BudgetError
 from medsynth.privacy.accounting import COARSE_INTERVAL, FINE_INTERVAL, Event, epsilon, merge, pld_epsilon
 
-# The mask statistics are three noisy sums (pose, mean shape, spread), which split their share of mu^2 equally.
-MASK_SUMS = 3
+# The mask statistics are two noisy sums (means of pose and shape, then their spread), which split their share of
+# mu^2 equally.
+MASK_SUMS = 2
 # Plans aim this much below the promise, so that composing stage by stage and rounding up still fits.
 _RELATIVE_MARGIN = 1e-3
 _ABSOLUTE_MARGIN = 1e-3

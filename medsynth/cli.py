@@ -1,0 +1,165 @@
+"""The command line: one verb a stage, plus ``run``, ``phantom``, ``verify``, ``quarantine`` and ``config``.
+
+Nothing heavy is imported before a verb runs, so that ``medsynth --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medsynth.errors import MedsynthError
+
+app = typer.Typer(
+    name="medsynth",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Differentially private synthesis of medical image and segmentation pairs.\n\n"
+    "Example: medsynth run configs/demo.yaml --input HOSPITAL --out RUN",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
+app.add_typer(config_app, name="config")
+
+Config = Annotated[Path, typer.Argument(help="the study, a YAML file", metavar="CONFIG")]
+Source = Annotated[Path | None, typer.Option("--input", help="the hospital's folder: DICOM, MSD, nnU-Net or image pairs")]
+Run = Annotated[Path, typer.Option("--out", help="the run folder; stage folders are made in it")]
+Replace = Annotated[bool, typer.Option("--replace", help="make finished stages again whose settings changed")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", help="one value of the configuration, e.g. --set privacy.epsilon=3")
+]
+
+
+@app.command()
+def run(config: Config, out: Run, source: Source = None, replace: Replace = False, override: Override = None) -> None:
+    """Run all stages, skipping finished ones.
+
+    Example: medsynth run configs/hippocampus-3d.yaml --input HOSPITAL --out RUN
+    """
+    from medsynth.study import run_study
+    from medsynth.summary import summary
+
+    study = _load(config, override)
+    run_study(study, source, out, replace=replace)
+    print(summary(study, out))
+
+
+def _stage_command(verb: str, what: str) -> None:
+    def command(config: Config, out: Run, source: Source = None, replace: Replace = False, override: Override = None) -> None:
+        from medsynth.study import run_verb
+
+        run_verb(_load(config, override), verb, source, out, replace=replace)
+
+    command.__doc__ = f"{what}\n\nExample: medsynth {verb} configs/demo.yaml --out RUN"
+    app.command(name=verb)(command)
+
+
+for _verb, _what in (
+    ("ingest", "Read the hospital's files into RUN/cohort (give --input)."),
+    ("encode", "Make the latent codec from public phantoms: RUN/autoencoder."),
+    ("masks", "Release mask statistics and make the label map generator: RUN/masks."),
+    ("train", "Train the denoiser under patient-level privacy: RUN/generator."),
+    ("synthesise", "Render image and label pairs: RUN/synthetic."),
+    ("segment", "Train segmentation models on real, synthetic and mixed pairs: RUN/segmenter."),
+    ("evaluate", "Measure Dice on held-out patients and write the internal report: RUN/report."),
+    ("certify", "Check the ledger and sign the certificate: RUN/certificate."),
+    ("export", "Assemble the release: RUN/release."),
+):
+    _stage_command(_verb, _what)
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Option("--out", help="a new folder")],
+    patients: Annotated[int, typer.Option("--patients", min=2, help="usable patients; six broken cases come on top")] = 40,
+    seed: Annotated[int, typer.Option("--seed", help="the same seed gives the same voxels")] = 0,
+) -> None:
+    """Write a phantom hospital: DICOM series with SEG, NIfTI, several scans a patient, a few broken cases.
+
+    Example: medsynth phantom --out build/hospital --patients 40 --seed 0
+    """
+    from medsynth.errors import StoreError
+    from medsynth.imaging.phantom_hospital import write_hospital
+
+    if out.exists() and any(out.iterdir()):
+        raise StoreError("the phantom hospital needs a new or empty folder: choose another --out")
+    write_hospital(out, patients, seed)
+    print(f"phantom hospital of {patients} patients written")
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="the release folder")],
+    key: Annotated[Path | None, typer.Option("--key", help="the hospital's public key, received by another way")] = None,
+) -> None:
+    """Check a release offline: signature, every digest, the ledger's chain, epsilon computed again.
+
+    Example: medsynth verify RUN/release --key public.pem
+    """
+    from medsynth.release.verify import verify as check
+
+    report = check(release, key)
+    print("\n".join(report.lines()))
+    report.require()
+
+
+@app.command()
+def quarantine(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")],
+    source: Annotated[Path, typer.Option("--input", help="the hospital's folder")],
+) -> None:
+    """Print which files the references in RUN/cohort/quarantine.csv stand for (terminal only, nothing is stored).
+
+    Example: medsynth quarantine RUN --input HOSPITAL
+    """
+    from medsynth.stages.ingest import explain
+
+    for reference, path in explain(run_folder / "cohort", source).items():
+        print(f"{reference}  {path}")
+
+
+@config_app.command("show")
+def config_show(config: Config, override: Override = None) -> None:
+    """Print a study with all defaults filled in.
+
+    Example: medsynth config show configs/demo.yaml
+    """
+    from medsynth.config import dump
+
+    print(dump(_load(config, override)), end="")
+
+
+def _load(path: Path, override: list[str] | None) -> Any:
+    from medsynth import config
+
+    return config.load(path, _overrides(override or []))
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    from medsynth.errors import ConfigError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes name=value, got '{pair}'")
+        values[name] = yaml.safe_load(text)
+    return values
+
+
+def main() -> None:
+    """Run the command line; errors of ours print one message and exit with their class's code."""
+    try:
+        app()
+    except MedsynthError as error:
+        print(f"medsynth: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The whole generator: codec, mask encoder and denoiser together, from label maps to images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medsynth.config import Grid, Synthesise, Train
+from medsynth.diffusion.conditioning import MaskEncoder
+from medsynth.diffusion.sampling import sample_latents
+from medsynth.errors import StoreError
+from medsynth.models.adapters import add_adapters
+from medsynth.models.autoencoder import Codec, load_codec
+from medsynth.models.denoiser import Denoiser
+
+WEIGHTS = "denoiser.safetensors"
+SETTINGS = "generator.json"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Everything that renders a pair: ``denoiser``, the ``codec`` and how masks reach the denoiser."""
+
+    denoiser: Denoiser
+    codec: Codec
+    masks: MaskEncoder
+    settings: Train
+
+    def render(
+        self, labels: Int[Tensor, "batch *spatial"], seeds: Sequence[int], how: Synthesise
+    ) -> Float[Tensor, "batch channel *spatial"]:
+        """Return images in [-1, 1] of label maps; a row depends on its own label map and seed.
+
+        Args:
+            labels: label maps on the grid.
+            seeds: one a row.
+            how: scheduler, steps and guidance.
+        """
+        encoded = self.masks(labels)
+        latents = sample_latents(
+            self.denoiser,
+            encoded,
+            self.codec.channels,
+            seeds,
+            self.settings,
+            how.scheduler,
+            how.steps,
+            how.guidance,
+        )
+        return self.codec.decode(latents)
+
+    def to(self, device: torch.device) -> Generator:
+        """Return the same generator on ``device`` (the modules move in place)."""
+        return Generator(self.denoiser.to(device), self.codec.to(device), self.masks.to(device), self.settings)
+
+
+def build_generator(grid: Grid, settings: Train, codec: Codec) -> Generator:
+    """Return a generator whose denoiser has fresh weights (no adapters yet)."""
+    masks = MaskEncoder(grid.spatial_dims, grid.classes, codec.factor.bit_length() - 1)
+    denoiser = Denoiser(grid.spatial_dims, codec.channels, masks.channels, settings)
+    return Generator(denoiser, codec, masks, settings)
+
+
+def save_generator(generator: Generator, grid: Grid, folder: Path) -> None:
+    """Write the denoiser and its settings into ``folder``."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in generator.denoiser.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    settings = {"grid": grid.model_dump(mode="json"), "train": generator.settings.model_dump(mode="json")}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def load_generator(folder: Path, autoencoder: Path) -> Generator:
+    """Read the generator that stage ``train`` wrote, ready for sampling.
+
+    Raises:
+        StoreError: the folder holds no generator.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, json.JSONDecodeError) as error:
+        raise StoreError("the generator folder holds no denoiser: run `medsynth train` again") from error
+    train = Train.model_validate(settings["train"])
+    generator = build_generator(Grid.model_validate(settings["grid"]), train, load_codec(autoencoder))
+    if train.trainable == "lora":
+        add_adapters(generator.denoiser, train.lora_rank)
+    generator.denoiser.load_state_dict(weights)
+    generator.denoiser.eval().requires_grad_(False)
+    return generator

@@ -1,0 +1,102 @@
+"""Stage ``encode``: the latent codec, from public phantoms only, so that it costs no privacy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medsynth import logs, store
+from medsynth.config import Encode, Grid, Study
+from medsynth.devices import open_device
+from medsynth.randomness import derive_seed
+from medsynth.stages.inputs import config_digest
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from medsynth.models.autoencoder import Codec
+
+_HELD_OUT = 32  # phantoms that measure the reconstruction and never train it
+_LOG_EVERY = 25
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Write ``autoencoder/``: weights, settings and the reconstruction error on phantoms it never saw.
+
+    Args:
+        config: sections ``grid`` and ``encode``.
+        inputs: nothing is read; patients never reach this stage.
+        out: the new folder.
+        tracker: receives the training loss and the reconstruction error.
+    """
+    import torch
+
+    from medsynth.imaging.phantom import phantom_pairs
+    from medsynth.models.autoencoder import build_codec, save_codec
+
+    del inputs
+    device = open_device(config.compute)
+    encode, grid = config.encode, config.grid
+    with store.create(out, "encode", config_digest(config, "encode")) as folder:
+        images, _ = phantom_pairs(grid, encode.phantoms.count + _HELD_OUT, derive_seed(encode.phantoms.seed, "encode"))
+        phantoms = torch.from_numpy(images).to(device)
+        train, held_out = phantoms[:-_HELD_OUT], phantoms[-_HELD_OUT:]
+        torch.manual_seed(derive_seed(config.seed, "encode", "weights"))
+        codec = build_codec(grid, encode).to(device)
+        if encode.codec == "kl":
+            _train(codec, train, grid, encode, config.seed, tracker)
+        codec.eval().requires_grad_(False)
+        codec.calibrate(train)
+        quality = reconstruction(codec, held_out)
+        save_codec(codec.cpu(), grid, encode, folder.path)
+        text = json.dumps({"phantoms": quality}, indent=1) + "\n"
+        (folder.path / "reconstruction.json").write_text(text, encoding="utf-8")
+        tracker.metrics({f"phantom_{name}": value for name, value in quality.items()})
+        logs.say("codec ready", codec=encode.codec, latent_channels=codec.channels, **quality)
+        return folder.finish("public", details={"codec": encode.codec, "reconstruction": quality})
+
+
+def reconstruction(codec: Codec, images: Tensor) -> dict[str, float]:
+    """Return mean absolute error and PSNR (dB, peak-to-peak 2) of images passed through the codec.
+
+    Args:
+        codec: the codec.
+        images: (batch, channel, \\*spatial) in [-1, 1]; of patients, the result is internal.
+    """
+    import math
+
+    error = codec.decode(codec.encode(images)) - images
+    mean_square = max(float(error.square().mean()), 1e-12)
+    return {"mae": float(error.abs().mean()), "psnr_db": 10 * math.log10(4 / mean_square)}
+
+
+def _train(codec: Codec, phantoms: Tensor, grid: Grid, encode: Encode, seed: int, tracker: Tracker) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(derive_seed(seed, "encode", "batches"))
+    optimizer = torch.optim.AdamW(codec.transform.parameters(), lr=encode.learning_rate)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, encode.learning_rate, total_steps=encode.steps)
+    codec.train()
+    for step in logs.progress(range(encode.steps), "training the autoencoder on phantoms", encode.steps):
+        rows = torch.randint(0, len(phantoms), (encode.batch_size,), generator=generator)
+        loss = _loss(codec, phantoms[rows.to(phantoms.device)], encode.kl_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(codec.transform.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        if step % _LOG_EVERY == 0:
+            tracker.metrics({"autoencoder_loss": float(loss.detach())}, step=step)
+
+
+def _loss(codec: Codec, batch: Tensor, kl_weight: float) -> torch.Tensor:
+    """L1 reconstruction plus the KL divergence to the unit Gaussian (Kingma and Welling 2014, appendix B)."""
+    decoded, mean, sigma = codec.transform(batch)
+    kl = 0.5 * (mean.square() + sigma.square() - 2 * sigma.clamp(min=1e-6).log() - 1).sum(1).mean()
+    loss: torch.Tensor = (decoded - batch).abs().mean() + kl_weight * kl
+    return loss

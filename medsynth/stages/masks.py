@@ -1,0 +1,258 @@
+"""Stage ``masks``: a generator of label maps from two Gaussian mechanisms (or from public shapes).
+
+What is released: the mean pose and mean shape of the patients' label maps, then the spread around them. Every label
+map that is drawn afterwards is post-processing; no patient's own mask is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medsynth import logs, store
+from medsynth.config import Grid, Masks, Study
+from medsynth.models.mask_generator import (
+    Array,
+    MaskStatistics,
+    ShapeSpace,
+    covariance_root,
+    positive_part,
+)
+from medsynth.randomness import derive_seed
+from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+if TYPE_CHECKING:
+    from medsynth.imaging.cohort import Patient
+    from medsynth.privacy.entropy import Entropy
+    from medsynth.privacy.mechanism import GaussianSum
+
+STATISTICS = "statistics.npz"
+SETTINGS = "masks.json"
+_POSE_WEIGHT = 10.0  # a pose vector is short beside a shape vector; this balances them under one clip
+_COUNT_WEIGHT = 4.0
+_SPREAD_POSE_WEIGHT = 10.0
+_SPREAD_COUNT_WEIGHT = 1.0
+_LEAST_COUNT = 0.25  # a noisy count below this share of the denominator is taken as this share
+_PHANTOMS = 64
+_CLIP_QUANTILE = 0.9
+_FULL_RANK = 150
+_NO_CLIP = 1e12  # a study without privacy has nothing to bound
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The two mechanisms and the public layout of their vectors."""
+
+    mean: GaussianSum
+    spread: GaussianSum
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Write ``masks/``: released statistics and a public preview of what they generate.
+
+    Args:
+        config: sections ``grid``, ``privacy``, ``masks``.
+        inputs: ``cohort`` (read only for ``masks.source: statistics``) and ``ledger``.
+        out: the new folder.
+        tracker: receives volumes of generated label maps.
+    """
+    digest = config_digest(config, "masks")
+    if config.masks.source == "public_shapes":
+        with store.create(out, "masks", digest) as folder:
+            _write_settings(config, folder.path)
+            return folder.finish("public", details={"source": "public_shapes"})
+    parents = stage_inputs(inputs, "cohort")
+    # A killed run that had put nothing on disk has released nothing: it goes on within its reservation.
+    silent = not (store.partial(out) / STATISTICS).exists()
+    with store.create(out, "masks", digest, parents) as folder:
+        space = ShapeSpace(config.grid, config.masks)
+        entry = _release(config, inputs, space, digest, folder.path, silent)
+        _write_settings(config, folder.path)
+        _report(load_masks(folder.path), config.seed, tracker)
+        sensitivity: store.Sensitivity = "released" if config.privacy.private else "internal"
+        return folder.finish(sensitivity, ledger_entries=(entry,), details={"source": "statistics"})
+
+
+class MaskGenerator:
+    """Label maps from the finished ``masks/`` folder.
+
+    Args:
+        grid: the public grid.
+        settings: the section that the folder was made with.
+        statistics: what was released; None draws public shapes.
+    """
+
+    def __init__(self, grid: Grid, settings: Masks, statistics: MaskStatistics | None) -> None:
+        self.grid = grid
+        self.statistics = statistics
+        self.space = ShapeSpace(grid, settings)
+
+    def draw(self, seed: int) -> np.ndarray:
+        """Return one label map (\\*spatial) uint8, a function of ``seed`` alone."""
+        if self.statistics is None:
+            from medsynth.imaging.phantom import sample_label_maps
+
+            return np.asarray(sample_label_maps(self.grid, 1, seed)[0])
+        return self.space.sample(self.statistics, np.random.default_rng(seed))
+
+
+def load_masks(folder: Path) -> MaskGenerator:
+    """Read the generator that stage ``masks`` wrote."""
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    grid, masks = Grid.model_validate(settings["grid"]), Masks.model_validate(settings["masks"])
+    if masks.source == "public_shapes":
+        return MaskGenerator(grid, masks, None)
+    with np.load(folder / STATISTICS) as arrays:
+        statistics = MaskStatistics(**{name: arrays[name] for name in arrays.files})
+    return MaskGenerator(grid, masks, statistics)
+
+
+def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, digest: str, folder: Path, resume: bool) -> str:
+    from medsynth.imaging.cohort import load_patients
+    from medsynth.privacy.budget import plan_budget
+    from medsynth.privacy.entropy import open_entropy
+    from medsynth.privacy.ledger import Ledger
+
+    plan = plan_budget(config.privacy, config.train, config.masks)
+    sums = _plan_sums(config, space, plan.masks_noise_multiplier)
+    ledger = Ledger(inputs["ledger"])
+    entry = ledger.reserve(
+        "masks",
+        [sums.mean, sums.spread],
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        noise_source=config.privacy.entropy,
+        config_digest=digest,
+        parents={"cohort": store.read_manifest(inputs["cohort"]).digest},
+        resume=resume,
+    )
+    patients = load_patients(inputs["cohort"], config.grid, "train")
+    statistics = _measure(patients, space, sums, open_entropy(config.privacy.entropy))
+    np.savez(folder / STATISTICS, **vars(statistics))
+    ledger.complete(entry, {STATISTICS: store.digest_file(folder / STATISTICS)})
+    logs.say("mask statistics released", noise_multiplier=plan.masks_noise_multiplier, clip_norm=sums.mean.clip_norm)
+    return entry
+
+
+def _plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> _Sums:
+    """Return both mechanisms; clip norms come from the configuration or from public phantoms."""
+    from medsynth.privacy.mechanism import GaussianSum
+
+    denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
+    settings = config.masks
+    mean_clip, spread_clip = settings.mean_clip_norm, settings.spread_clip_norm
+    if not config.privacy.private:
+        mean_clip = spread_clip = _NO_CLIP
+    elif mean_clip is None or spread_clip is None:
+        public_mean, public_spread = _public_norms(config, space)
+        mean_clip, spread_clip = mean_clip or public_mean, spread_clip or public_spread
+    mean_size = 1 + space.pose_size + space.shape_size
+    spread_size = 1 + space.pose_size**2 + (space.shape_size**2 if settings.covariance == "full" else space.band_count)
+    return _Sums(
+        GaussianSum("mask_means", mean_size, mean_clip, noise_multiplier, denominator),
+        GaussianSum("mask_spread", spread_size, spread_clip, noise_multiplier, denominator),
+    )
+
+
+def _public_norms(config: Study, space: ShapeSpace) -> tuple[float, float]:
+    from medsynth.imaging.phantom import sample_label_maps
+
+    seed = derive_seed(config.encode.phantoms.seed, "masks", "clip")
+    labels = [label[None] for label in sample_label_maps(config.grid, _PHANTOMS, seed)]
+    means = np.stack(list(_mean_vectors(labels, space)))
+    centre = means.mean(0)
+    spreads = list(_spread_vectors(labels, space, centre / centre[0] * _COUNT_WEIGHT, "diagonal"))
+    norms = [np.linalg.norm(means, axis=1), np.linalg.norm(spreads, axis=1)]
+    first, second = (float(np.quantile(values, _CLIP_QUANTILE)) for values in norms)
+    return first, second
+
+
+def _measure(patients: list[Patient], space: ShapeSpace, sums: _Sums, entropy: Entropy) -> MaskStatistics:
+    covariance = space.settings.covariance
+    labels = [patient.labels.numpy() for patient in patients]
+    mean = sums.mean.release(_mean_vectors(labels, space), entropy)
+    count = max(mean[0] / _COUNT_WEIGHT, _LEAST_COUNT)
+    noise_sd = sums.mean.noise_multiplier * sums.mean.clip_norm / sums.mean.denominator / count
+    mean = mean / count
+    pose_mean, shape_mean = _split_mean(mean, space)
+    shape_mean, kept = _shrink(shape_mean, space, noise_sd)
+    centre = np.concatenate([[_COUNT_WEIGHT], pose_mean * _POSE_WEIGHT, shape_mean])
+    spread = sums.spread.release(_spread_vectors(labels, space, centre, covariance), entropy)
+    spread = spread / max(spread[0] / _SPREAD_COUNT_WEIGHT, _LEAST_COUNT)
+    cut = 1 + space.pose_size**2
+    pose_square = spread[1:cut].reshape(space.pose_size, -1) / _SPREAD_POSE_WEIGHT
+    # Deviations were taken from noisy means: take that (public) noise out again.
+    pose = positive_part(pose_square - np.eye(space.pose_size) * (noise_sd / _POSE_WEIGHT) ** 2)
+    if covariance == "full":
+        return MaskStatistics(pose_mean, pose, shape_mean, _full_root(spread[cut:], space))
+    return MaskStatistics(pose_mean, pose, shape_mean, np.maximum(spread[cut:] - kept * noise_sd**2, 0))
+
+
+def _mean_vectors(labels: list[np.ndarray], space: ShapeSpace) -> Iterator[Array]:
+    """Yield (count, pose, shape) of each patient: the mean over the patient's records that show anything."""
+    for records in logs.progress(labels, "measuring label maps", len(labels)):
+        vectors = [_record_vector(label, space) for label in records]
+        found = [vector for vector in vectors if vector is not None]
+        yield np.mean(found, axis=0) if found else np.zeros(1 + space.pose_size + space.shape_size)
+
+
+def _record_vector(label: np.ndarray, space: ShapeSpace) -> Array | None:
+    vector = space.pose_vector(label)
+    if vector is None:
+        return None
+    shape = space.shape_vector(label, space.pose(vector))
+    return np.concatenate([[_COUNT_WEIGHT], vector * _POSE_WEIGHT, shape])
+
+
+def _spread_vectors(labels: list[np.ndarray], space: ShapeSpace, centre: Array, covariance: str) -> Iterator[Array]:
+    """Yield (count, pose x pose, shape spread) around ``centre``, a released (or public) mean vector."""
+    pose_mean, shape_mean = _split_mean(centre, space)
+    wide = covariance == "full"
+    shape_part = space.shape_size**2 if wide else space.band_count
+    for records in logs.progress(labels, "measuring their spread", len(labels)):
+        found = []
+        for label in records:
+            vector = _record_vector(label, space)
+            if vector is None:
+                continue
+            pose, shape = _split_mean(vector, space)
+            pose, shape = pose - pose_mean, shape - shape_mean
+            part = np.outer(shape, shape).reshape(-1) if wide else space.band_sums(shape)
+            square = np.outer(pose, pose).reshape(-1) * _SPREAD_POSE_WEIGHT
+            found.append(np.concatenate([[_SPREAD_COUNT_WEIGHT], square, part]))
+        yield np.mean(found, axis=0) if found else np.zeros(1 + space.pose_size**2 + shape_part)
+
+
+def _split_mean(vector: Array, space: ShapeSpace) -> tuple[Array, Array]:
+    cut = 1 + space.pose_size
+    return vector[1:cut] / _POSE_WEIGHT, vector[cut:]
+
+
+def _shrink(shape_mean: Array, space: ShapeSpace, noise_sd: float) -> tuple[Array, Array]:
+    """Shrink each band by its share of signal (Wiener 1949); return the mean and each band's squared weight."""
+    power = np.bincount(space.bands, shape_mean**2, space.band_count) / space.band_sizes
+    weight = np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12)
+    return shape_mean * weight[space.bands], weight**2
+
+
+def _full_root(square: Array, space: ShapeSpace) -> Array:
+    return covariance_root(square.reshape(space.shape_size, -1), min(_FULL_RANK, space.shape_size))
+
+
+def _write_settings(config: Study, folder: Path) -> None:
+    settings = {"grid": config.grid.model_dump(mode="json"), "masks": config.masks.model_dump(mode="json")}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _report(generator: MaskGenerator, seed: int, tracker: Tracker) -> None:
+    maps = [generator.draw(derive_seed(seed, "masks", "preview", index)) for index in range(16)]
+    for value, name in list(generator.grid.labels.items())[1:]:
+        volumes = [float((label == value).sum()) for label in maps]
+        tracker.metrics({f"generated_{name}_voxels": float(np.mean(volumes))})

@@ -1,0 +1,176 @@
+"""Stage ``synthesise``: a plan of pairs first, then each row rendered as a pure function of it.
+
+Rows are drawn before anything is rendered, and pairs are written as they come, so that a kill loses at most the batch
+in hand and any row can be rendered again, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medsynth import logs, store
+from medsynth.config import Grid, Study, Synthesise
+from medsynth.devices import open_device
+from medsynth.randomness import derive_seed
+from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.masks import MaskGenerator, load_masks
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+if TYPE_CHECKING:
+    import torch
+
+    from medsynth.diffusion.generator import Generator
+    from medsynth.imaging.cohort import Pair
+
+PLAN = "pairs.csv"
+_STATE = "plan.sha256"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything random about one pair, and how it is rendered."""
+
+    pair_id: str
+    mask_seed: int
+    image_seed: int
+    scheduler: str
+    steps: int
+    guidance: float
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Write ``synthetic/``: ``pairs.csv``, ``images/`` and ``labels/``.
+
+    Args:
+        config: sections ``grid`` and ``synthesise``.
+        inputs: ``autoencoder``, ``masks``, ``generator``; the cohort is not among them, so no patient's mask can
+            condition an image.
+        out: the new folder.
+        tracker: receives the number of pairs.
+    """
+    from medsynth.diffusion.generator import load_generator
+    from medsynth.imaging.cohort import write_pair
+
+    parents = stage_inputs(inputs, "autoencoder", "masks", "generator")
+    digest = config_digest(config, "synthesise")
+    device = open_device(config.compute)
+    with store.create(out, "synthesise", digest, parents, keep_partial=True) as folder:
+        rows = plan(config)
+        _open_plan(folder.path, rows, digest, parents)
+        source = load_masks(parents["masks"])
+        built = load_generator(parents["generator"], parents["autoencoder"]).to(device)
+        size = config.synthesise.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for batch in logs.progress(batches, "rendering pairs", len(batches)):
+            if all(_written(folder.path, row) for row in batch):
+                continue
+            for pair in render(batch, built, source, config.grid, config.synthesise, device):
+                write_pair(folder.path, pair, config.grid)
+        (folder.path / _STATE).unlink()
+        tracker.metrics({"pairs": float(len(rows))})
+        return folder.finish(_sensitivity(parents), details={"pairs": len(rows)})
+
+
+def plan(config: Study) -> list[Row]:
+    """Return the rows of a study, a function of the configuration alone."""
+    how = config.synthesise
+    return [
+        Row(
+            pair_id=f"synthetic_{index + 1:05d}",
+            mask_seed=derive_seed(config.seed, "synthesise", "mask", index),
+            image_seed=derive_seed(config.seed, "synthesise", "image", index),
+            scheduler=how.scheduler,
+            steps=how.steps,
+            guidance=how.guidance,
+        )
+        for index in range(how.pairs)
+    ]
+
+
+def render(
+    rows: Sequence[Row],
+    built: Generator,
+    source: MaskGenerator,
+    grid: Grid,
+    how: Synthesise,
+    device: torch.device,
+) -> list[Pair]:
+    """Return the pairs of ``rows``; each is a pure function of its row, the generator and ``how``.
+
+    Args:
+        rows: at most ``how.batch_size`` rows.
+        built: the generator.
+        source: the mask generator.
+        grid: the public grid, with the range of released sizes.
+        how: scheduler, steps, guidance and batch size.
+        device: where the generator lies.
+    """
+    import torch
+
+    from medsynth.imaging.cohort import Pair
+
+    labels = [source.draw(row.mask_seed) for row in rows]
+    # Kernels may round differently for another batch size: a short batch is filled up, so that a row alone and a row
+    # among others give the same bits.
+    filled = [*range(len(rows)), *[len(rows) - 1] * (how.batch_size - len(rows))]
+    stacked = torch.from_numpy(np.stack([labels[index] for index in filled])).to(device)
+    images = built.render(stacked, [rows[index].image_seed for index in filled], how).cpu().numpy()
+    pairs = []
+    for row, label, image in zip(rows, labels, images, strict=False):
+        window = release_window(label, grid)
+        pairs.append(Pair(row.pair_id, np.ascontiguousarray(image[(slice(None), *window)]), label[window]))
+    return pairs
+
+
+def release_window(label: np.ndarray, grid: Grid) -> tuple[slice, ...]:
+    """Return the part of the grid that is released: the labels plus a margin, within the public range of sizes.
+
+    Args:
+        label: (\\*spatial) integers on the grid.
+        grid: with ``release_shape_range`` and ``release_margin``.
+    """
+    if grid.release_shape_range is None:
+        return tuple(slice(None) for _ in grid.shape)
+    window = []
+    for axis, ((low, high), size) in enumerate(zip(grid.release_shape_range, grid.shape, strict=True)):
+        others = tuple(a for a in range(label.ndim) if a != axis)
+        found = np.flatnonzero(label.any(axis=others))
+        first, last = (int(found[0]), int(found[-1])) if len(found) else (size // 2, size // 2)
+        length = min(max(last - first + 1 + 2 * grid.release_margin, low), high)
+        start = min(max((first + last + 1 - length) // 2, 0), size - length)
+        window.append(slice(start, start + length))
+    return tuple(window)
+
+
+def _open_plan(folder: Path, rows: Sequence[Row], digest: str, parents: Mapping[str, Path]) -> None:
+    """Write the plan, or find the interrupted rendering of the same plan and go on with it."""
+    identity = store.digest_of({"digest": digest, **{k: store.read_manifest(p).digest for k, p in parents.items()}})
+    state = folder / _STATE
+    if state.is_file() and state.read_text(encoding="ascii") == identity:
+        logs.say("going on with an interrupted rendering")
+        return
+    for left in folder.rglob("*"):
+        if left.is_file():
+            left.unlink()
+    with (folder / PLAN).open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    state.write_text(identity, encoding="ascii")
+
+
+def _written(folder: Path, row: Row) -> bool:
+    return all((folder / kind / f"{row.pair_id}.nii.gz").is_file() for kind in ("images", "labels"))
+
+
+def _sensitivity(parents: Mapping[str, Path]) -> store.Sensitivity:
+    """Return the most sensitive kind among the parents: rendering adds nothing and takes nothing away."""
+    kinds = [store.read_manifest(folder).sensitivity for folder in parents.values()]
+    return max(kinds, key=store.ORDER.index)

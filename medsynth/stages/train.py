@@ -1,0 +1,433 @@
+"""Stage ``train``: the mask-conditioned denoiser, pre-trained on public phantoms, then moved by patients under DP-SGD.
+
+Order of events: appearance statistics (one Gaussian mechanism) dress the phantoms; the denoiser learns from them,
+which costs nothing more; then a few parameters take T noisy steps on patients. A killed run goes on within its
+reservation: finished steps are kept, started ones are lost, fresh noise is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medsynth import logs, store
+from medsynth.config import Study
+from medsynth.devices import open_device
+from medsynth.diffusion.fitting import Draw, fit, open_ema
+from medsynth.diffusion.generator import WEIGHTS, Generator, build_generator, save_generator
+from medsynth.diffusion.objective import Batch, noise_rows, row_loss, training_schedule
+from medsynth.models.adapters import add_adapters, select_trainable
+from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
+from medsynth.models.autoencoder import load_codec
+from medsynth.randomness import derive_seed, generator
+from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.masks import load_masks
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+if TYPE_CHECKING:
+    from medsynth.imaging.cohort import Patient
+    from medsynth.privacy.accounting import Event
+    from medsynth.privacy.budget import BudgetPlan
+    from medsynth.privacy.gradients import Backend
+    from medsynth.privacy.ledger import Ledger
+    from medsynth.privacy.mechanism import DpSgd
+
+APPEARANCE = "appearance.npz"
+_PRETRAINED = "pretrained.safetensors"
+_CHECKPOINT = "checkpoint.pt"
+_JOURNAL = "steps.jsonl"
+_STATE = "state.json"
+_CLAIM = 5  # steps that are claimed, and at worst lost, together
+_PREFLIGHT_UNITS = 4
+_CLIP_PHANTOMS = 48
+_CLIP_QUANTILE = 0.9
+_EPSILON_POINTS = 8
+_LOG_EVERY = 20
+_NO_CLIP = 1e12
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every step of the stage needs."""
+
+    config: Study
+    inputs: Mapping[str, Path]
+    folder: Path
+    digest: str
+    device: torch.device
+    tracker: Tracker
+
+    def seed(self, *names: str | int) -> int:
+        return derive_seed(self.config.seed, "train", *names)
+
+    @property
+    def parents(self) -> dict[str, str]:
+        return {"cohort": store.read_manifest(self.inputs["cohort"]).digest}
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Write ``generator/``: the denoiser (averaged weights) and the released appearance statistics.
+
+    Args:
+        config: sections ``grid``, ``privacy``, ``masks``, ``encode``, ``train``.
+        inputs: ``cohort``, ``autoencoder``, ``masks`` and ``ledger``.
+        out: the new folder.
+        tracker: receives losses and epsilon as a step series.
+    """
+    digest = config_digest(config, "train")
+    parents = stage_inputs(inputs, "cohort", "autoencoder", "masks")
+    with store.create(out, "train", digest, parents, keep_partial=True) as folder:
+        job = _Run(config, inputs, folder.path, digest, open_device(config.compute), tracker)
+        state = _open_state(job)
+        torch.manual_seed(job.seed("weights"))
+        built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
+        if config.train.pretrain_steps:
+            _pretrain(job, built, state)
+        if config.train.trainable == "lora":
+            add_adapters(built.denoiser, config.train.lora_rank)
+            built.denoiser.to(job.device)
+        count = select_trainable(built.denoiser, config.train.trainable)
+        logs.say("training on patients", trainable_parameters=count, private=config.privacy.private)
+        if config.train.steps:
+            (_train_private if config.privacy.private else _train_openly)(job, built, state)
+        save_generator(built, config.grid, folder.path)
+        entries = _close(job, state)
+        released = config.privacy.private or not entries
+        return folder.finish(
+            "released" if released else "internal", ledger_entries=entries, details={"trainable_parameters": count}
+        )
+
+
+def _open_state(job: _Run) -> dict[str, Any]:
+    """Return what an interrupted run of the same settings left, or start afresh."""
+    wanted = {"digest": job.digest, "parents": job.parents}
+    path = job.folder / _STATE
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {key: found.get(key) for key in wanted} == wanted:
+            logs.say("going on with an interrupted training")
+            return found
+        shutil.rmtree(job.folder)
+        job.folder.mkdir()
+    state: dict[str, Any] = {**wanted, "entries": {}}
+    _save_state(job, state)
+    return state
+
+
+def _save_state(job: _Run, state: Mapping[str, Any]) -> None:
+    scratch = job.folder / f"{_STATE}.partial"
+    scratch.write_text(json.dumps(state), encoding="utf-8")
+    scratch.replace(job.folder / _STATE)
+
+
+def _close(job: _Run, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Complete the training's reservation, remove scratch files and return the ledger entries."""
+    entry = state["entries"].get("training")
+    if entry is not None:
+        _ledger(job).complete(entry, {WEIGHTS: store.digest_file(job.folder / WEIGHTS)})
+    for name in (_PRETRAINED, _CHECKPOINT, _JOURNAL, f"{_JOURNAL}.lock", _STATE):
+        (job.folder / name).unlink(missing_ok=True)
+    return tuple(state["entries"].values())
+
+
+def _ledger(job: _Run) -> Ledger:
+    from medsynth.privacy.ledger import Ledger
+
+    return Ledger(job.inputs["ledger"])
+
+
+def _plan(job: _Run) -> BudgetPlan:
+    from medsynth.privacy.budget import plan_budget
+
+    return plan_budget(job.config.privacy, job.config.train, job.config.masks)
+
+
+def _patients(job: _Run) -> list[Patient]:
+    from medsynth.imaging.cohort import load_patients
+
+    return load_patients(job.inputs["cohort"], job.config.grid, "train")
+
+
+# ---------------------------------------------------------------------------------------------------- pre-training
+
+
+def _pretrain(job: _Run, built: Generator, state: dict[str, Any]) -> None:
+    kept = job.folder / _PRETRAINED
+    if kept.is_file():
+        built.denoiser.load_state_dict(load_file(kept))
+        return
+    settings = job.config.train
+    appearance = _appearance(job, state) if settings.appearance.enabled else None
+    latents, masks = _phantom_latents(job, built, appearance, settings.pretrain_phantoms)
+    draw = _draw_from(latents, masks, settings.pretrain_batch_size, job.device)
+    steps = logs.progress(range(settings.pretrain_steps), "pre-training on phantoms", settings.pretrain_steps)
+    stream = torch.Generator().manual_seed(job.seed("pretrain"))
+    report = _reporter(job.tracker, "pretrain_loss")
+    rate = settings.pretrain_learning_rate
+    fit(built.denoiser, draw, steps, settings.pretrain_steps, rate, settings, stream, report)
+    scratch = kept.with_suffix(".partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in built.denoiser.state_dict().items()}, scratch)
+    scratch.replace(kept)
+
+
+def _appearance(job: _Run, state: dict[str, Any]) -> AppearanceStatistics:
+    """Release the appearance statistics of the patients (once; a resumed run reads them back)."""
+    from medsynth.privacy.entropy import open_entropy
+    from medsynth.privacy.mechanism import GaussianSum
+
+    path = job.folder / APPEARANCE
+    if "appearance" not in state["entries"]:
+        silent = not path.exists()  # a killed run that had put nothing on disk has released nothing
+        path.unlink(missing_ok=True)
+        config = job.config
+        space = AppearanceSpace(config.grid, config.train.appearance)
+        denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
+        noise = _plan(job).appearance_noise_multiplier
+        mechanism = GaussianSum("appearance", space.size, _appearance_clip(job, space), noise, denominator)
+        entry = _reserve(job, [mechanism], resume=silent)
+        vectors = (
+            np.mean([space.vector(i, x) for i, x in zip(p.images.numpy(), p.labels.numpy(), strict=True)], axis=0)
+            for p in _patients(job)
+        )
+        mean = mechanism.release(vectors, open_entropy(config.privacy.entropy))
+        released = space.statistics(mean, noise * mechanism.clip_norm / denominator)
+        np.savez(path, **vars(released))
+        _ledger(job).complete(entry, {APPEARANCE: store.digest_file(path)})
+        state["entries"]["appearance"] = entry
+        _save_state(job, state)
+    with np.load(path) as arrays:
+        return AppearanceStatistics(**{name: arrays[name] for name in arrays.files})
+
+
+def _appearance_clip(job: _Run, space: AppearanceSpace) -> float:
+    if not job.config.privacy.private:
+        return _NO_CLIP
+    if job.config.train.appearance.clip_norm is not None:
+        return job.config.train.appearance.clip_norm
+    from medsynth.imaging.phantom import phantom_pairs
+
+    seed = derive_seed(job.config.encode.phantoms.seed, "appearance", "clip")
+    images, labels = phantom_pairs(job.config.grid, _CLIP_PHANTOMS, seed)
+    norms = [np.linalg.norm(space.vector(i, x)) for i, x in zip(images, labels, strict=True)]
+    return float(np.quantile(norms, _CLIP_QUANTILE))
+
+
+def _phantom_latents(
+    job: _Run, built: Generator, appearance: AppearanceStatistics | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return latents and encoded masks of public (or released) pairs: drawn label maps, dressed images."""
+    from medsynth.imaging.phantom import render
+
+    grid = job.config.grid
+    source = load_masks(job.inputs["masks"])
+    space = AppearanceSpace(grid, job.config.train.appearance)
+    latents, masks = [], []
+    for index in logs.progress(range(count), "rendering phantoms", count):
+        label = source.draw(job.seed("phantom-label", index))
+        rng = generator(job.config.seed, "train", "phantom-image", index)
+        image = render(label, grid, rng) if appearance is None else space.render(label, appearance, rng)
+        tensor = torch.from_numpy(np.ascontiguousarray(image)).to(job.device)
+        latents.append(built.codec.encode(tensor[None]).cpu())
+        masks.append(built.masks(torch.from_numpy(label)[None].to(job.device)).cpu())
+    return torch.cat(latents), torch.cat(masks)
+
+
+def _draw_from(latents: Tensor, masks: Tensor, size: int, device: torch.device) -> Draw:
+    def draw(stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(0, len(latents), (size,), generator=stream)
+        return latents[rows].to(device), masks[rows].to(device)
+
+    return draw
+
+
+def _reporter(tracker: Tracker, name: str) -> Any:
+    recent: list[float] = []
+
+    def report(step: int, loss: float) -> None:
+        recent.append(loss)
+        if (step + 1) % _LOG_EVERY == 0:
+            tracker.metrics({name: float(np.mean(recent[-_LOG_EVERY:]))}, step=step + 1)
+
+    return report
+
+
+# -------------------------------------------------------------------------------------------------------- patients
+
+
+def _encode_patients(job: _Run, built: Generator) -> list[tuple[str, Tensor, Tensor]]:
+    encoded = []
+    for patient in _patients(job):
+        latents = built.codec.encode(patient.images.to(job.device)).cpu()
+        masks = built.masks(patient.labels.to(job.device)).cpu()
+        encoded.append((patient.patient_id, latents, masks))
+    return encoded
+
+
+def _train_openly(job: _Run, built: Generator, state: dict[str, Any]) -> None:
+    """Train on patients without privacy; the ledger says so, and nothing that follows can be certified."""
+    from medsynth.privacy.accounting import Event
+
+    settings = job.config.train
+    state["entries"]["training"] = _reserve(job, [Event("nonprivate")])
+    _save_state(job, state)
+    encoded = _encode_patients(job, built)
+    latents = torch.cat([rows for _, rows, _ in encoded])
+    masks = torch.cat([rows for _, _, rows in encoded])
+    draw = _draw_from(latents, masks, settings.batch_size, job.device)
+    steps = logs.progress(range(settings.steps), "training WITHOUT privacy", settings.steps)
+    stream = torch.Generator().manual_seed(job.seed("batches"))
+    report = _reporter(job.tracker, "loss")
+    fit(built.denoiser, draw, steps, settings.steps, settings.learning_rate, settings, stream, report)
+
+
+def _train_private(job: _Run, built: Generator, state: dict[str, Any]) -> None:
+    """Take T steps of DP-SGD on patients; see the module's first lines for what a kill means."""
+    from medsynth.privacy.entropy import open_entropy
+    from medsynth.privacy.gradients import open_backend
+    from medsynth.privacy.journal import StepJournal
+    from medsynth.privacy.mechanism import DpSgd
+    from medsynth.privacy.preflight import preflight, refuse_modules
+
+    settings, privacy = job.config.train, job.config.privacy
+    model = built.denoiser.train()
+    refuse_modules(model)
+    public = _public_batches(job, built)
+    clip_norm = settings.clip_norm or _public_gradient_norm(model, public)
+    backend = open_backend(settings.backend, model, row_loss, clip_norm)
+    evidence = preflight(backend, model, row_loss, public[:_PREFLIGHT_UNITS], clip_norm)
+    trained = privacy.declared_patients * (1 - job.config.ingest.test_fraction)
+    mechanism = DpSgd(
+        name="denoiser",
+        sampling_rate=settings.sampling_rate,
+        steps=settings.steps,
+        noise_multiplier=_plan(job).training_noise_multiplier,
+        clip_norm=clip_norm,
+        denominator=settings.sampling_rate * trained,
+    )
+    path = job.folder / _JOURNAL
+    found = path.exists()
+    journal = StepJournal(path, settings.steps)
+    if "training" not in state["entries"] or not found:
+        state["entries"]["training"] = _reserve(
+            job, [mechanism], preflight=evidence.to_json(), sensitivity=_unit(job), resume=found
+        )
+        _save_state(job, state)
+    _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy))
+
+
+def _private_steps(
+    job: _Run, built: Generator, backend: Backend, mechanism: DpSgd, journal: Any, entropy: Any
+) -> None:
+    settings = job.config.train
+    model = built.denoiser
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    ema = open_ema(model, settings.ema_decay)
+    _restore(job, model, optimizer, ema)
+    encoded = _encode_patients(job, built)
+    curve = _epsilon_curve(job, mechanism)
+    schedule = training_schedule(settings)
+    for step in logs.progress(range(journal.next_step, settings.steps), "training under privacy"):
+        if step == journal.next_step:
+            journal.claim(step, _CLAIM)
+        units = [
+            _unit_batch(job, schedule, *encoded[index], step) for index in mechanism.draw(len(encoded), entropy)
+        ]
+        total = backend.clipped_sum(units)
+        noisy = mechanism.noisy_mean(total.tensors, entropy)
+        for parameter, gradient in zip(parameters, noisy, strict=True):
+            parameter.grad = gradient.to(parameter.device).reshape(parameter.shape)
+        optimizer.step()
+        ema.step(parameters)
+        if (step + 1) % _CLAIM == 0:
+            _keep(job, model, optimizer, ema)
+        if step + 1 in curve:
+            job.tracker.metrics({"epsilon": curve[step + 1]}, step=step + 1)
+        if (step + 1) % _LOG_EVERY == 0 and total.norms:
+            job.tracker.metrics({"internal_gradient_norm": float(np.median(total.norms))}, step=step + 1)
+    ema.copy_to(parameters)
+
+
+def _unit_batch(job: _Run, schedule: Any, patient_id: str, latents: Tensor, masks: Tensor, step: int) -> Batch:
+    """Return one patient's rows of one step: a function of the patient and public seeds, of nobody else."""
+    settings = job.config.train
+    stream = torch.Generator().manual_seed(job.seed("rows", step, patient_id))
+    rows = torch.randperm(len(latents), generator=stream)[: settings.max_records].repeat(settings.draws)
+    batch = noise_rows(latents[rows], masks[rows], schedule, settings.mask_dropout, stream)
+    return {name: value.to(job.device) for name, value in batch.items()}
+
+
+def _public_batches(job: _Run, built: Generator) -> list[Batch]:
+    from medsynth.imaging.phantom import phantom_pairs
+
+    seed = derive_seed(job.config.encode.phantoms.seed, "train", "preflight")
+    images, labels = phantom_pairs(job.config.grid, max(_PREFLIGHT_UNITS, 8), seed)
+    schedule = training_schedule(job.config.train)
+    batches = []
+    for index in range(len(images)):
+        latents = built.codec.encode(torch.from_numpy(images[index : index + 1]).to(job.device)).cpu()
+        masks = built.masks(torch.from_numpy(labels[index : index + 1]).to(job.device)).cpu()
+        batches.append(_unit_batch(job, schedule, f"phantom-{index}", latents, masks, 0))
+    return batches
+
+
+def _public_gradient_norm(model: torch.nn.Module, batches: list[Batch]) -> float:
+    from medsynth.privacy.gradients import open_backend
+
+    norms = open_backend("unit", model, row_loss, 1.0).clipped_sum(batches).norms
+    return max(float(np.median(norms)), 1e-6)
+
+
+def _unit(job: _Run) -> dict[str, Any]:
+    return {"draws": job.config.train.draws, "max_records": job.config.train.max_records}
+
+
+def _reserve(job: _Run, mechanisms: list[Any], **more: Any) -> str:
+    privacy = job.config.privacy
+    return _ledger(job).reserve(
+        "train",
+        mechanisms,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        noise_source=privacy.entropy,
+        config_digest=job.digest,
+        parents=job.parents,
+        **more,
+    )
+
+
+def _epsilon_curve(job: _Run, mechanism: DpSgd) -> dict[int, float]:
+    """Return epsilon of everything in the ledger with only the first t steps of this training, for a few t."""
+    from medsynth.privacy.accounting import epsilon
+
+    before: list[Event] = [event for stage in ("masks", "appearance") for event in _plan(job).events.get(stage, ())]
+    points = np.unique(np.linspace(1, mechanism.steps, _EPSILON_POINTS).astype(int))
+    event = mechanism.event()
+    return {int(t): epsilon([*before, replace(event, count=int(t))], job.config.privacy.delta) for t in points}
+
+
+def _keep(job: _Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
+    trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    scratch = job.folder / f"{_CHECKPOINT}.partial"
+    torch.save({"parameters": trainable, "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, scratch)
+    scratch.replace(job.folder / _CHECKPOINT)
+
+
+def _restore(job: _Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
+    path = job.folder / _CHECKPOINT
+    if not path.is_file():
+        return
+    kept = torch.load(path, map_location=job.device, weights_only=True)
+    model.load_state_dict(kept["parameters"], strict=False)
+    optimizer.load_state_dict(kept["optimizer"])
+    ema.load_state_dict(kept["ema"])

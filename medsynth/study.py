@@ -1,0 +1,120 @@
+"""The stages in order, skipping what is finished: the whole flow of ``medsynth run`` on one screen."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medsynth import config as configuration
+from medsynth import logs, store
+from medsynth.config import Study
+from medsynth.errors import StoreError
+from medsynth.stages.inputs import config_digest
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker, open_tracker
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the flow: a verb, the folder that it writes, the finished folders that it reads."""
+
+    verb: str
+    folder: str
+    reads: tuple[str, ...]
+
+
+STAGES = (
+    Stage("ingest", "cohort", ()),
+    Stage("encode", "autoencoder", ()),
+    Stage("masks", "masks", ("cohort",)),
+    Stage("train", "generator", ("cohort", "autoencoder", "masks")),
+    Stage("synthesise", "synthetic", ("autoencoder", "masks", "generator")),
+    Stage("segment", "segmenter", ("cohort", "synthetic")),
+    Stage("evaluate", "report", ("cohort", "autoencoder", "synthetic", "segmenter")),
+    Stage("certify", "certificate", ("cohort", "autoencoder", "masks", "generator", "synthetic")),
+    Stage("export", "release", ("synthetic", "certificate")),
+)
+BY_VERB = {stage.verb: stage for stage in STAGES}
+
+
+def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = False) -> None:
+    """Run every stage in order into ``run/<stage folder>``; finished ones are skipped.
+
+    Args:
+        study: the configuration.
+        source: the hospital's folder; None when ``cohort/`` is there already.
+        run: the run's folder; made when it is not there.
+        replace: make stages again whose settings or inputs changed.
+
+    Raises:
+        MedsynthError: what stopped a stage; the stages before it stay as they are.
+    """
+    _open_run(run)
+    with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
+        tracker.params(configuration.flatten(study))
+        for stage in STAGES:
+            run_stage(study, stage, source, run, tracker, replace=replace)
+
+
+def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace: bool = False) -> None:
+    """Run one stage into ``run`` (see :func:`run_study`)."""
+    _open_run(run)
+    with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
+        run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
+
+
+def run_stage(
+    study: Study, stage: Stage, source: Path | None, run: Path, tracker: Tracker, *, replace: bool = False
+) -> Manifest:
+    """Run one stage unless its finished folder was made from the same settings and inputs.
+
+    Raises:
+        StoreError: the folder was made from others, and ``replace`` is not set.
+    """
+    out = run / stage.folder
+    if store.is_done(out):
+        manifest = store.read_manifest(out)
+        changed = _changes(study, stage, manifest, run)
+        if not changed:
+            logs.say(f"{stage.verb}: finished before, skipped")
+            return manifest
+        if not replace:
+            raise StoreError(
+                f"'{stage.folder}' was made from other {' and '.join(changed)}: pass --replace to make it again "
+                "(privacy that was spent stays spent), or use a new run folder"
+            )
+        shutil.rmtree(out)
+    inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl", "keys": run / "keys"}
+    if source is not None:
+        inputs["source"] = source
+    logs.say(f"{stage.verb}: started")
+    started = time.monotonic()
+    module = importlib.import_module(f"medsynth.stages.{stage.verb}")
+    with tracker.stage(stage.verb) as nested:
+        manifest = module.run(study, inputs, out, nested)
+        elapsed_s = time.monotonic() - started
+        nested.metrics({"elapsed_s": elapsed_s})
+        nested.dataset(stage.folder, manifest.digest, manifest.sensitivity)
+    logs.say(f"{stage.verb}: finished", elapsed_s=round(elapsed_s, 1), sensitivity=manifest.sensitivity)
+    return manifest
+
+
+def _changes(study: Study, stage: Stage, manifest: Manifest, run: Path) -> Sequence[str]:
+    changed = []
+    if manifest.config_digest != config_digest(study, stage.verb):
+        changed.append("settings")
+    parents = {name: store.read_manifest(run / name).digest for name in manifest.parents if (run / name).exists()}
+    if parents != dict(manifest.parents):
+        changed.append("inputs")
+    return changed
+
+
+def _open_run(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write the run folder: {error.strerror}") from error

@@ -1,0 +1,42 @@
+"""What ``medsynth run`` prints at the end: what went in, what came out, what it cost, where to look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from medsynth import store
+from medsynth.config import Study
+
+
+def summary(study: Study, run: Path) -> str:
+    """Return the summary of a finished run as text."""
+    cohort = store.read_manifest(run / "cohort").details
+    report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
+    rows = [
+        ("patients in", cohort.get("patients")),
+        ("quarantined", cohort.get("quarantined")),
+        ("pairs out", store.read_manifest(run / "synthetic").details["pairs"]),
+        ("epsilon", _epsilon(study, report)),
+        *((f"Dice {name.replace('_', ' ')}", _dice(report, name)) for name in report["dice"]),
+        ("image-blind floor", f"{report['floor']['mean']:.3f}"),
+        ("report", run / "report" / "report.html"),
+        ("release", run / "release"),
+        ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri sqlite:///{run / 'mlflow' / 'mlflow.db'}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])
+
+
+def _epsilon(study: Study, report: dict[str, Any]) -> str:
+    if not study.privacy.private:
+        return "infinite: NOT PRIVATE, the release is marked UNCERTIFIED"
+    return f"{report['epsilon']:.3f} at delta {report['delta']:g}, unit {report['unit']}"
+
+
+def _dice(report: dict[str, Any], name: str) -> str:
+    values = report["dice"][name]
+    low, high = values["ci95"]
+    return f"{values['mean']:.3f}  (95 % interval {low:.3f} to {high:.3f}, {values['n_patients']} patients)"
