@@ -12,7 +12,7 @@ import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,23 @@ import numpy.typing as npt
 from medsynth.config import Export, Grid
 from medsynth.errors import CertificationError
 
-if TYPE_CHECKING:
-    from medsynth.imaging.cohort import Pair
-
 GREY_LEVELS = 1000
 """Grey images are stored as whole numbers 0..1000: finer than any generator is exact, and small when packed."""
 _MODALITY_NAMES = {"MR": "MRI", "CT": "CT", "ES": "endoscopy", "US": "ultrasound", "OT": "other"}
 _COLOURS = ("red", "green", "blue")
 _FASTEST_USEFUL = 6
+
+
+class Pair(Protocol):
+    """A synthetic image with its label map, as stage ``synthesise`` leaves it (no name: pairs are named anew)."""
+
+    @property
+    def image(self) -> npt.NDArray[np.float32]:
+        """``channel *spatial`` in [-1, 1]."""
+
+    @property
+    def label(self) -> npt.NDArray[np.uint8]:
+        """``*spatial`` label values."""
 
 
 def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Export) -> int:

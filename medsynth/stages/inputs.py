@@ -17,7 +17,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "synthesise": ("seed", "grid", "synthesise"),
     "segment": ("seed", "grid", "segment"),
     "evaluate": ("name", "seed", "grid", "privacy", "segment", "evaluate"),
-    "certify": ("name", "grid", "privacy", "train", "export"),
+    "certify": ("name", "description", "grid", "privacy", "ingest", "encode", "masks", "train", "export"),
     "export": ("name", "grid", "export"),
 }
 

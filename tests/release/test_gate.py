@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import CertificationError
 from medsynth.privacy.accounting import Event
@@ -52,6 +53,15 @@ def test_a_sound_run_is_not_refused(fake_run: Run, fake_study: Callable[..., Stu
 def test_refused_with_its_name(fake_run: Run, fake_study: Callable[..., Study], wrong: dict, message: str) -> None:
     reasons = refusals(fake_run(**wrong), fake_study())
     assert any(message in reason for reason in reasons), reasons
+
+
+def test_digests_of_the_same_cohort_differ_so_that_nobody_can_guess_one(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        with store.create(tmp_path / name, "ingest", "config") as folder:
+            (folder.path / "cases.csv").write_text("the same patients")
+            digests.add(folder.finish("private").digest)
+    assert len(digests) == 2
 
 
 def test_pitfall_12_a_cohort_mask_cannot_reach_a_sampler_through_an_unledgered_folder(
