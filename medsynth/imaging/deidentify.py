@@ -1,0 +1,79 @@
+"""Pseudonyms: keyed hashes that only the holder of the cohort folder can tie to a person or a file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medsynth.errors import InputError, StoreError
+
+KEY_FILE = "pseudonym.key"
+QUARANTINE_FILE = "quarantine.csv"
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Pseudonyms:
+    """Names derived from HMAC-SHA256 (RFC 2104) under one random key a cohort."""
+
+    key: bytes = field(repr=False)
+
+    def patient(self, person: str) -> str:
+        """Return the pseudonym of a person (the hospital's own identifier goes in)."""
+        return f"p-{self._digest('patient', person)[:12]}"
+
+    def case(self, source: str) -> str:
+        """Return the name of a case from its source path relative to the input."""
+        return f"c-{self._digest('case', source)[:12]}"
+
+    def reference(self, source: str) -> str:
+        """Return the reference of a refused file from its path relative to the input."""
+        return f"q-{self._digest('quarantine', source)[:8]}"
+
+    def _digest(self, kind: str, text: str) -> str:
+        return hmac.new(self.key, f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
+
+
+def create_pseudonyms(folder: Path) -> Pseudonyms:
+    """Draw a key from the operating system and store it in ``folder``, readable by its owner only (mode 0600)."""
+    key = secrets.token_bytes(_KEY_BYTES)
+    handle = os.open(folder / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(key)
+    return Pseudonyms(key)
+
+
+def relative(path: Path, source: Path) -> str:
+    """Return ``path`` relative to the input folder, as POSIX text."""
+    return Path(os.path.relpath(path, source)).as_posix()
+
+
+def explain(cohort: Path, source: Path) -> dict[str, Path]:
+    """Resolve the references of a quarantine list to files, for the hospital's own screen and nowhere else.
+
+    Args:
+        cohort: finished cohort folder with its key.
+        source: the input folder that was ingested.
+
+    Returns:
+        Reference to path; a series is named by its first file. References whose file is gone are left out.
+
+    Raises:
+        StoreError: no key or no quarantine list in ``cohort``.
+        InputError: ``source`` is no folder.
+    """
+    try:
+        names = Pseudonyms((cohort / KEY_FILE).read_bytes())
+        with (cohort / QUARANTINE_FILE).open(newline="", encoding="utf-8") as handle:
+            wanted = {row["ref"] for row in csv.DictReader(handle)}
+    except OSError:
+        raise StoreError("the cohort folder has no readable key or quarantine list: run ingest again") from None
+    if not source.is_dir():
+        raise InputError("the input is no folder: give the folder that was ingested")
+    found = {names.reference(relative(path, source)): path for path in sorted(source.rglob("*")) if path.is_file()}
+    return {ref: found[ref] for ref in sorted(wanted & found.keys())}

@@ -1,0 +1,232 @@
+"""How hospitals and data sets lay out their files: each layout is turned into the same list of case descriptions.
+
+Known: a tree of DICOM series (with SEG objects), MSD (``dataset.json`` with a ``training`` list), nnU-Net raw
+(``imagesTr`` with ``_0000``, ``labelsTr``), image/mask folders, and ``mixed`` (``dicom/`` beside ``nifti/``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from medsynth.config import Ingest
+from medsynth.errors import InputError
+
+Split = Literal["train", "test"]
+SPLIT_FOLDERS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "test",
+    "valid": "test",
+    "validation": "test",
+    "test": "test",
+}
+NIFTI = (".nii.gz", ".nii")
+RASTER = (".png", ".jpg", ".jpeg")
+MASK_FOLDERS = ("masks", "labels")
+_MIN_DICOM_BYTES = 132  # preamble and "DICM", PS3.10 section 7.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image with its mask, as found; nothing has been read but headers and lists.
+
+    Attributes:
+        source: kind of file.
+        person: the hospital's own identifier of the patient, "" where there is none; never leaves ingest.
+        images: all files of one DICOM series, or one image file.
+        labels: SEG objects or one mask file; empty where there is none.
+        split: where the input's folders say so.
+        label_names: value to name as the data set declares it.
+        refused: reason found during discovery (see :mod:`medsynth.imaging.refusal`).
+    """
+
+    source: Literal["dicom", "nifti", "raster"]
+    person: str
+    images: tuple[Path, ...]
+    labels: tuple[Path, ...] = ()
+    split: Split | None = None
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    refused: str | None = None
+
+
+def discover(root: Path, settings: Ingest) -> list[Case]:
+    """List the cases below ``root``, in a stable order.
+
+    Raises:
+        InputError: no folder, no known layout, no case, or ``split: folders`` without train and test folders.
+    """
+    if not root.is_dir():
+        raise InputError("the input is no folder: give the folder that holds the cohort")
+    if settings.split == "hash":
+        cases = list(_cases(root, settings.layout, settings))
+    else:
+        cases = [
+            replace(case, split=split)
+            for folder, split in _split_folders(root)
+            for case in _cases(folder, settings.layout, settings)
+        ]
+    if not cases:
+        raise InputError(
+            "no case found in the input: expected DICOM series, MSD or nnU-Net (dataset.json), or images/ beside masks/"
+        )
+    return cases
+
+
+def detect(root: Path) -> str:
+    """Name the layout of a folder.
+
+    Raises:
+        InputError: none of the known layouts.
+    """
+    if (root / "dicom").is_dir() and (root / "nifti").is_dir():
+        return "mixed"
+    if (root / "dataset.json").is_file():
+        return "msd" if _description(root).get("training") else "nnunet"
+    if (root / "imagesTr").is_dir():
+        return "nnunet"
+    if _pair_folders(root):
+        return "pairs"
+    if any(_looks_like_dicom(path) for path in root.rglob("*")):
+        return "dicom"
+    raise InputError(
+        "the input has no known layout: expected DICOM series, MSD or nnU-Net (dataset.json), images/ beside masks/, "
+        "or dicom/ beside nifti/"
+    )
+
+
+def stem(path: Path) -> str:
+    """Return a file's name without its imaging suffix."""
+    for suffix in (*NIFTI, *RASTER):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def _cases(root: Path, layout: str, settings: Ingest) -> Iterator[Case]:
+    yield from _READERS[detect(root) if layout == "auto" else layout](root, settings)
+
+
+def _split_folders(root: Path) -> list[tuple[Path, Split]]:
+    found = [(p, SPLIT_FOLDERS[p.name.lower()]) for p in sorted(root.iterdir()) if p.name.lower() in SPLIT_FOLDERS]
+    if {split for _, split in found} != {"train", "test"}:
+        raise InputError("ingest.split is 'folders': the input needs a folder train/ and a folder val/ or test/")
+    return found
+
+
+def _person(name: str, settings: Ingest) -> str:
+    """Apply the linkage rule: the first group of ``patient_id_pattern``, or the whole name."""
+    if settings.patient_id_pattern is None:
+        return name
+    match = re.search(settings.patient_id_pattern, name)
+    return (match.group(1) or "") if match else ""
+
+
+def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
+    from medsynth.imaging.dicom import find_series, image_of
+
+    findings = find_series(root)
+    labels: dict[str, list[Path]] = {series.uid: [] for series in findings.images}
+    refused: dict[str, str] = {}
+    for segmentation in findings.segmentations:
+        image = image_of(segmentation, findings.images)
+        if image is None:
+            yield Case("dicom", segmentation.patient, segmentation.files, refused="no_image")
+            continue
+        labels[image.uid] += segmentation.files
+        if segmentation.patient != image.patient:
+            refused[image.uid] = "patient_mismatch"
+    for series in findings.images:
+        reason = "truncated_dicom" if series.suspect else refused.get(series.uid)
+        yield Case("dicom", series.patient, series.files, tuple(labels[series.uid]), refused=reason)
+    for path in findings.unreadable:
+        yield Case("dicom", "", (path,), refused="truncated_dicom")
+
+
+def _msd(root: Path, settings: Ingest) -> Iterator[Case]:
+    """Medical Segmentation Decathlon (Antonelli et al. 2022): ``labels`` maps a value to its name."""
+    description = _description(root)
+    names = {int(value): str(name) for value, name in dict(description.get("labels") or {}).items()}
+    for listed in description.get("training") or []:
+        entry = {"image": listed} if isinstance(listed, str) else listed
+        image = root / entry["image"]
+        label = (root / entry["label"],) if entry.get("label") else ()
+        yield Case("nifti", _person(stem(image), settings), (image,), label, label_names=names)
+
+
+def _nnunet(root: Path, settings: Ingest) -> Iterator[Case]:
+    """nnU-Net v2 raw (documentation/dataset_format.md): ``labels`` maps a name to its value."""
+    description = _description(root) if (root / "dataset.json").is_file() else {}
+    labels = dict(description.get("labels") or {})
+    names = {value: str(name) for name, value in labels.items() if isinstance(value, int)}
+    channels: dict[str, list[Path]] = {}
+    for path in _files(root / "imagesTr"):
+        channels.setdefault(re.sub(r"_\d{4}$", "", stem(path)), []).append(path)
+    masks = {stem(path): path for path in _files(root / "labelsTr")}
+    for name, images in channels.items():
+        refused = "channel_mismatch" if len(images) > 1 else None
+        label = (masks[name],) if name in masks else ()
+        kind = _kind(images[0])
+        yield Case(kind, _person(name, settings), tuple(images), label, label_names=names, refused=refused)
+
+
+def _pairs(root: Path, settings: Ingest) -> Iterator[Case]:
+    for folder in _pair_folders(root):
+        masks = {stem(path): path for name in MASK_FOLDERS for path in _files(folder / name)}
+        for image in _files(folder / "images"):
+            name = stem(image)
+            label = (masks[name],) if name in masks else ()
+            yield Case(_kind(image), _person(name, settings), (image,), label)
+
+
+def _mixed(root: Path, settings: Ingest) -> Iterator[Case]:
+    yield from _dicom(root / "dicom", settings)
+    yield from _cases(root / "nifti", "auto", settings)
+
+
+_READERS: Mapping[str, Callable[[Path, Ingest], Iterator[Case]]] = {
+    "dicom": _dicom,
+    "msd": _msd,
+    "nnunet": _nnunet,
+    "pairs": _pairs,
+    "mixed": _mixed,
+}
+
+
+def _pair_folders(root: Path) -> list[Path]:
+    """Return ``root`` or those of its train/val/test folders that hold images beside masks."""
+    folders = [root, *(p for p in sorted(root.iterdir()) if p.name.lower() in SPLIT_FOLDERS)]
+    return [f for f in folders if (f / "images").is_dir() and any((f / name).is_dir() for name in MASK_FOLDERS)]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.lower().endswith((*NIFTI, *RASTER)) and p.name[0] != ".")
+
+
+def _kind(path: Path) -> Literal["nifti", "raster"]:
+    return "nifti" if path.name.lower().endswith(NIFTI) else "raster"
+
+
+def _description(root: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError("dataset.json of the input cannot be read: it must be valid JSON") from None
+    if not isinstance(description, dict):
+        raise InputError("dataset.json of the input must be a JSON object")
+    return description
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in (".dcm", ".dicom", ".ima"):
+        return True
+    with path.open("rb") as handle:
+        return handle.read(_MIN_DICOM_BYTES)[128:] == b"DICM"

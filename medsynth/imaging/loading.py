@@ -1,0 +1,166 @@
+"""Read one case of the hospital through MONAI's ``LoadImage``, and check it before anything is computed from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data.image_reader import ImageReader, NibabelReader, PILReader
+from monai.transforms import LoadImage
+
+from medsynth.config import Grid, Ingest
+from medsynth.imaging.dicom import HighdicomReader, label_value, read_segmentation
+from medsynth.imaging.layouts import Case
+from medsynth.imaging.refusal import CaseRefused
+
+AFFINE_TOLERANCE_MM = 0.1
+"""Image and mask were often written by different programs, which round their affines differently."""
+_LOSSY = (".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A case as the hospital stores it.
+
+    Attributes:
+        image: (channel, *native) float32.
+        label: (*native) uint8; all zero where the case has no mask.
+        affine: 4 x 4, voxel to RAS+ mm; None for a photograph.
+        labelled: whether a mask was given.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    affine: np.ndarray | None
+    labelled: bool
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of the voxels in RAS order: the same for the same picture in DICOM and in NIfTI."""
+        array = self.image.numpy()
+        if self.affine is not None and array.ndim == 4:
+            turn = nib.orientations.io_orientation(self.affine)
+            array = nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), turn)
+        shape = ",".join(map(str, array.shape))
+        return hashlib.sha256(shape.encode() + np.ascontiguousarray(array, dtype="<f4").tobytes()).hexdigest()
+
+
+def load_case(case: Case, grid: Grid, settings: Ingest) -> Loaded:
+    """Read image and mask of a case.
+
+    Raises:
+        CaseRefused: with the reason why it cannot be used.
+    """
+    if case.refused is not None:
+        raise CaseRefused(case.refused)
+    if not case.person:
+        raise CaseRefused("no_patient_id")
+    if settings.require_labels and not case.labels:
+        raise CaseRefused("no_label")
+    image, affine = _image(case, grid)
+    if not bool(torch.isfinite(image).all()):
+        raise CaseRefused("non_finite")
+    if float(image.min()) == float(image.max()):
+        raise CaseRefused("constant_image")
+    label = _label(case, image, affine, grid, settings)
+    return Loaded(image, label, affine, labelled=bool(case.labels))
+
+
+def _image(case: Case, grid: Grid) -> tuple[torch.Tensor, np.ndarray | None]:
+    if case.source == "dicom":
+        array, affine = _read([str(p) for p in case.images], HighdicomReader())
+    elif case.source == "nifti":
+        array, affine = _nifti(case.images[0])
+    else:
+        mode = "RGB" if grid.channels == 3 else "L"
+        array, affine = _read(str(case.images[0]), PILReader(converter=lambda image: image.convert(mode)))[0], None
+    axes = 2 if case.source == "raster" else 3
+    if array.ndim == axes + 1:
+        return _channel_first(array), affine
+    if array.ndim not in (axes, 2):
+        raise CaseRefused("multiple_frames")
+    return array[None], affine
+
+
+def _channel_first(array: torch.Tensor) -> torch.Tensor:
+    if array.shape[-1] not in (1, 3):
+        raise CaseRefused("multiple_frames")
+    return array.movedim(-1, 0).contiguous()
+
+
+def _read(path: Any, reader: ImageReader) -> tuple[torch.Tensor, np.ndarray]:
+    """Load by MONAI; whatever a damaged file makes a reader raise becomes one reason."""
+    try:
+        loaded = LoadImage(image_only=True, dtype=np.float32)(path, reader=reader)
+    except (CaseRefused, MemoryError):
+        raise
+    except Exception as error:
+        raise CaseRefused("unreadable_file") from error
+    return loaded.as_tensor().float(), np.asarray(loaded.affine, dtype=np.float64)
+
+
+def _nifti(path: Path) -> tuple[torch.Tensor, np.ndarray]:
+    array, affine = _read(str(path), NibabelReader())
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise CaseRefused("no_geometry")
+    return array, affine
+
+
+def _label(case: Case, image: torch.Tensor, affine: np.ndarray | None, grid: Grid, settings: Ingest) -> torch.Tensor:
+    shape = tuple(image.shape[1:])
+    if not case.labels:
+        return torch.zeros(shape, dtype=torch.uint8)
+    if case.source == "dicom":
+        assert affine is not None  # a series without geometry was refused by its reader
+        return torch.from_numpy(read_segmentation(case.labels, shape, affine, grid))
+    path = case.labels[0]
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        values, placed = _nifti(path)
+        if tuple(values.shape) != shape:
+            raise CaseRefused("shape_mismatch")
+        if affine is not None and _farthest_mm(affine, placed, shape) > AFFINE_TOLERANCE_MM:
+            raise CaseRefused("geometry_mismatch")
+        return _renamed(values, case, grid)
+    values = _read(str(path), PILReader(converter=_grey))[0]
+    if tuple(values.shape) != shape:
+        raise CaseRefused("shape_mismatch")
+    return _thresholded(values, path, grid, settings.mask_threshold)
+
+
+def _grey(image: Any) -> Any:
+    """Keep indices and grey values; a coloured mask becomes its luminance."""
+    return image if image.mode in ("P", "L", "I;16", "I") else image.convert("L")
+
+
+def _farthest_mm(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Return how far apart two affines put the corners of a volume, mm."""
+    sizes = [*shape, 1, 1][:3]
+    corners = np.array([[x, y, z, 1] for x in (0, sizes[0] - 1) for y in (0, sizes[1] - 1) for z in (0, sizes[2] - 1)])
+    return float(np.abs(corners @ (first - second).T)[:, :3].max())
+
+
+def _renamed(values: torch.Tensor, case: Case, grid: Grid) -> torch.Tensor:
+    """Translate the data set's label values into the grid's, by name where it declares names."""
+    label = torch.zeros(values.shape, dtype=torch.uint8)
+    for value in torch.unique(values).tolist():
+        if value != int(value):
+            raise CaseRefused("unknown_label")
+        if value != 0:
+            label[values == value] = label_value(case.label_names.get(int(value), ""), int(value), grid)
+    return label
+
+
+def _thresholded(values: torch.Tensor, path: Path, grid: Grid, threshold: int) -> torch.Tensor:
+    """Read a raster mask: grey values are labels, or, with two labels, foreground from ``threshold`` on."""
+    found = set(torch.unique(values).tolist())
+    lossy = path.suffix.lower() in _LOSSY
+    if found <= set(grid.labels) and not (lossy and grid.classes == 2):
+        return values.to(torch.uint8)
+    if grid.classes > 2 or (not lossy and max(found) < threshold):
+        raise CaseRefused("unknown_label")
+    return (values >= threshold).to(torch.uint8)

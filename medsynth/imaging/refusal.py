@@ -1,0 +1,42 @@
+"""Why a single case is refused: the reason codes of the quarantine list."""
+
+from __future__ import annotations
+
+from medsynth.errors import InputError
+
+REASONS: dict[str, str] = {
+    "unreadable_file": "the file cannot be read: copy it again from the source",
+    "truncated_dicom": "a DICOM file of this series is cut short or unreadable: send the series again",
+    "missing_slice": "the slices of this series leave a gap: send the series again, complete",
+    "multiple_frames": "several images at one position (time points, echoes): export one image a series",
+    "irregular_geometry": "the slices differ in orientation, spacing or distance: send a regular volume",
+    "no_geometry": "the objects hold no position, orientation or pixel spacing: export the series with its geometry",
+    "no_label": "no mask belongs to this image: add one, or set ingest.require_labels to false",
+    "no_image": "this segmentation belongs to no image series of the input: add the series or remove it",
+    "shape_mismatch": "image and mask differ in shape, or the mask reaches outside of the image",
+    "geometry_mismatch": "image and mask of the same shape lie at different places: resample the mask to the image",
+    "unknown_label": "the mask holds a label that grid.labels does not name",
+    "overlapping_labels": "two segments claim the same voxel with different labels: keep one label a voxel",
+    "empty_label": "the mask has fewer foreground voxels than ingest.min_foreground_voxels",
+    "non_finite": "the image holds NaN or infinite voxels",
+    "constant_image": "the image has no contrast: its intensity percentiles are equal",
+    "channel_mismatch": "the image has another number of channels than grid.channels",
+    "dimension_mismatch": "the image has another number of axes than the grid (2D from volumes needs grid.slice_axis)",
+    "duplicate_content": "the same pixels came under another patient id: decide whose they are and link the ids",
+    "patient_mismatch": "image and segmentation name different patients",
+    "patient_in_both_splits": "this patient is in the training folder too: keep each patient in one folder",
+    "no_patient_id": "no patient id (0010,0020), or ingest.patient_id_pattern does not match the file name",
+}
+"""Reason code to what it means and what to do; both are fixed texts, so no identifier can slip in."""
+
+
+class CaseRefused(InputError):
+    """One case cannot be used; the stage writes it to the quarantine list and goes on.
+
+    Args:
+        reason: a key of :data:`REASONS`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(REASONS[reason])
+        self.reason = reason

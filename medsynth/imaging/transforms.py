@@ -1,0 +1,170 @@
+"""Bring any image and its labels to the study's grid, by MONAI transforms that look at one image at a time.
+
+Nothing is shared between patients: intensities are scaled by each image's own percentiles, and spacing and shape are
+public constants. Photographs keep MONAI's axis order: axis 0 runs along columns (x), axis 1 along rows (y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, Resize, ResizeWithPadOrCrop, ScaleIntensityRangePercentiles, Spacing
+
+from medsynth.config import Grid
+from medsynth.imaging.refusal import CaseRefused
+
+_AXES = {"R": 0, "A": 1, "S": 2}
+
+
+def to_grid(
+    image: torch.Tensor, label: torch.Tensor, affine: np.ndarray | None, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring one case to the grid: orientation, spacing (or size), intensities, then centre crop or edge padding.
+
+    Args:
+        image: (channel, *native) any real dtype and range.
+        label: (*native) integers.
+        affine: 4 x 4, voxel to RAS+ mm; None for a photograph (no orientation and no resampling to a spacing).
+        grid: the target.
+
+    Returns:
+        images (record, channel, *shape) float32 in [-1, 1] and labels (record, *shape) uint8; one record, or one a
+        slice where the grid slices volumes.
+
+    Raises:
+        CaseRefused: constant image, or other axes or channels than the grid's.
+    """
+    if image.shape[0] != grid.channels:
+        raise CaseRefused("channel_mismatch")
+    volume = image.ndim == 4
+    if volume and grid.spatial_dims == 2 and grid.slice_axis is None:
+        if image.shape[-1] != 1:
+            raise CaseRefused("dimension_mismatch")
+        spacing = None if affine is None else np.linalg.norm(affine[:3, :2], axis=0)
+        planes = _in_plane(image[..., 0], label[..., 0], spacing, grid)
+        return planes[0][None], planes[1][None]
+    if not volume:
+        if grid.spatial_dims == 3:
+            raise CaseRefused("dimension_mismatch")
+        spacing = None if affine is None else np.linalg.norm(affine[:2, :2], axis=0)
+        planes = _in_plane(image, label, spacing, grid)
+        return planes[0][None], planes[1][None]
+    images, labels = _orient(image, label, affine)
+    if grid.spatial_dims == 3:
+        pixdim = grid.spacing_mm
+        images, labels = _resample(images, labels, pixdim, grid)
+        images, labels = _fit(_scale(images, grid), labels, grid.shape)
+        return images[None], labels
+    return _slices(images, labels, grid)
+
+
+def pair_to_grid(image: torch.Tensor, label: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring one pair that has the grid's spacing already (synthetic ones) to its intensities and shape.
+
+    Args:
+        image: (channel, *size); a constant one, which a bad generator may draw, keeps its value.
+        label: (*size) integers.
+        grid: the target; without a spacing the pair is resized.
+    """
+    plain, mask = image.float(), label[None].float()
+    if grid.spacing_mm is None:
+        plain, mask = _resize(plain, mask, grid.shape)
+    try:
+        plain = _scale(plain, grid)
+    except CaseRefused:
+        plain = plain.clamp(-1, 1)
+    plain, mask = _fit(plain, mask, grid.shape)
+    return plain, mask[0]
+
+
+def _orient(image: torch.Tensor, label: torch.Tensor, affine: np.ndarray | None) -> tuple[MetaTensor, MetaTensor]:
+    matrix = torch.as_tensor(np.eye(4) if affine is None else affine, dtype=torch.float64)
+    turn = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))
+    return (
+        turn(MetaTensor(image.as_subclass(torch.Tensor).float(), affine=matrix)),
+        turn(MetaTensor(label.as_subclass(torch.Tensor)[None].float(), affine=matrix)),
+    )
+
+
+def _resample(
+    image: MetaTensor, label: MetaTensor, spacing_mm: Sequence[float] | None, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resample a volume to ``spacing_mm`` (an axis at 0 keeps its own), or resize it to the grid's shape."""
+    if spacing_mm is None:
+        return _resize(image, label, grid.shape)
+    spacing = Spacing(pixdim=tuple(spacing_mm), padding_mode="border")
+    return spacing(image, mode="bilinear"), spacing(label, mode="nearest")
+
+
+def _resize(image: torch.Tensor, label: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resize by area where any axis shrinks (no aliasing), linearly where all grow; labels by nearest centre."""
+    size = tuple(shape)
+    shrinks = any(old > new for old, new in zip(image.shape[1:], size, strict=True))
+    mode = "area" if shrinks else ("bilinear" if len(size) == 2 else "trilinear")
+    return Resize(size, mode=mode)(image.float()), Resize(size, mode="nearest-exact")(label.float())
+
+
+def _in_plane(
+    image: torch.Tensor, label: torch.Tensor, spacing_mm: np.ndarray | None, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring one 2D image (channel, X, Y) to the grid; a photograph on a grid with a spacing keeps its pixels."""
+    flat, labels = image.as_subclass(torch.Tensor).float(), label.as_subclass(torch.Tensor)[None].float()
+    if grid.spacing_mm is None:
+        flat, labels = _resize(flat, labels, grid.shape)
+    elif spacing_mm is not None:
+        ratio = spacing_mm / np.asarray(grid.spacing_mm)
+        size = [max(1, round(n * r)) for n, r in zip(flat.shape[1:], ratio, strict=True)]
+        flat, labels = _resize(flat, labels, size)
+    flat, labels = _fit(_scale(flat, grid), labels, grid.shape)
+    return flat, labels[0]
+
+
+def _slices(image: MetaTensor, label: MetaTensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a RAS volume into evenly spaced slices; those with foreground where there are any."""
+    axis = _AXES[grid.slice_axis or "S"]
+    if grid.spacing_mm is not None:
+        pixdim = list(grid.spacing_mm)
+        pixdim.insert(axis, 0.0)  # MONAI keeps an axis whose spacing is not positive
+        image, label = _resample(image, label, pixdim, grid)
+    scaled = _scale(image, grid)
+    planes = label.as_subclass(torch.Tensor)[0].movedim(axis, 0)
+    filled = torch.nonzero(planes.flatten(1).any(dim=1)).flatten().tolist() or list(range(planes.shape[0]))
+    chosen = [filled[i] for i in _evenly(len(filled), grid.max_slices)]
+    images, labels = [], []
+    for index in chosen:
+        flat, mask = scaled.select(axis + 1, index), planes[index][None]
+        if grid.spacing_mm is None:
+            flat, mask = _resize(flat, mask, grid.shape)
+        flat, mask = _fit(flat, mask, grid.shape)
+        images.append(flat)
+        labels.append(mask[0])
+    return torch.stack(images), torch.stack(labels)
+
+
+def _evenly(count: int, wanted: int) -> list[int]:
+    """Return at most ``wanted`` distinct indices below ``count``, in the middles of equal parts."""
+    wanted = min(count, wanted)
+    return [int((part + 0.5) * count / wanted) for part in range(wanted)]
+
+
+def _scale(image: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Scale one image so that its own percentiles become -1 and 1, and clip."""
+    plain = image.as_subclass(torch.Tensor).float()
+    low, high = np.percentile(plain.numpy(), grid.intensity_percentiles)
+    if not high > low:
+        raise CaseRefused("constant_image")
+    scaled = ScaleIntensityRangePercentiles(*grid.intensity_percentiles, b_min=-1.0, b_max=1.0, clip=True)(plain)
+    return torch.as_tensor(scaled).as_subclass(torch.Tensor).float()
+
+
+def _fit(image: torch.Tensor, label: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre crop or pad: the image by its edge, the label by background."""
+    fitted = ResizeWithPadOrCrop(tuple(shape), mode="edge")(image.as_subclass(torch.Tensor))
+    mask = ResizeWithPadOrCrop(tuple(shape), mode="constant", constant_values=0)(label.as_subclass(torch.Tensor))
+    return (
+        torch.as_tensor(fitted).as_subclass(torch.Tensor).float().contiguous(),
+        torch.as_tensor(mask).as_subclass(torch.Tensor).round().to(torch.uint8).contiguous(),
+    )

@@ -1,0 +1,167 @@
+"""Ingest: the hospital's files become pseudonymous patients on the study's grid; what cannot be used is quarantined."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from medsynth import logs
+from medsynth.config import Study
+from medsynth.errors import InputError
+from medsynth.imaging.cohort import CASE_COLUMNS, CASES_FILE, write_case
+from medsynth.imaging.deidentify import QUARANTINE_FILE, Pseudonyms, create_pseudonyms, relative
+from medsynth.imaging.layouts import Case, discover
+from medsynth.imaging.refusal import REASONS, CaseRefused
+from medsynth.randomness import derive_seed
+from medsynth.stages.inputs import config_digest
+from medsynth.store import Manifest, create
+from medsynth.tracking import Tracker
+
+_SEED_SPAN = 1 << 63
+QUARANTINE_COLUMNS = ("ref", "ordinal", "kind", "reason", "message")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of ``cases.csv``."""
+
+    case_id: str
+    patient_id: str
+    split: str
+    source: str
+    records: int
+    labelled: bool
+    content: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the cases, in the order of discovery."""
+
+    rows: tuple[Row, ...]
+    refused: tuple[tuple[Case, str], ...]
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Read the hospital's folder and write the cohort.
+
+    Args:
+        config: the study.
+        inputs: ``"source"``: the hospital's folder.
+        out: the cohort folder to make.
+        tracker: gets two counts and nothing else.
+
+    Raises:
+        InputError: nothing usable in the input, or a split with an empty side.
+        StoreError: ``out`` exists or cannot be written.
+    """
+    source = inputs["source"]
+    with create(out, "ingest", config_digest(config, "ingest")) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # readers warn with the values of headers, which may name a patient
+        cases = discover(source, config.ingest)
+        names = create_pseudonyms(folder.path)
+        outcome = _read_all(config, cases, source, folder.path, names)
+        _check(config, outcome)
+        _write_csv(folder.path / CASES_FILE, CASE_COLUMNS, [_as_text(row) for row in outcome.rows])
+        refusals = _refusals(outcome.refused, source, names)
+        _write_csv(folder.path / QUARANTINE_FILE, QUARANTINE_COLUMNS, refusals)
+        patients = len({row.patient_id for row in outcome.rows})
+        reasons = dict(sorted(Counter(reason for _, reason in outcome.refused).items()))
+        logs.say("ingest", patients=patients, cases=len(outcome.rows), quarantined=len(outcome.refused), **reasons)
+        tracker.metrics({"patients": patients, "quarantined": len(outcome.refused)})
+        details = {"patients": patients, "cases": len(outcome.rows), "quarantined": reasons}
+        return folder.finish("private", details=details)
+
+
+def split_of(person: str, config: Study) -> str:
+    """Return the split of a person from the study's seed and that person alone: nobody else's arrival moves it."""
+    draw = derive_seed(config.seed, "split", person) / _SEED_SPAN
+    return "test" if draw < config.ingest.test_fraction else "train"
+
+
+def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, names: Pseudonyms) -> Outcome:
+    rows: list[Row] = []
+    refused: list[tuple[Case, str]] = []
+    owner_of: dict[str, str] = {}
+    trained = {case.person for case in cases if case.split == "train"}
+    for case in logs.progress(cases, "ingest", total=len(cases)):
+        try:
+            if case.split == "test" and case.person in trained:
+                raise CaseRefused("patient_in_both_splits")
+            rows.append(_read_one(config, case, relative(case.images[0], source), out, names, owner_of))
+        except CaseRefused as refusal:
+            refused.append((case, refusal.reason))
+    return Outcome(tuple(rows), tuple(refused))
+
+
+def _read_one(config: Study, case: Case, place: str, out: Path, names: Pseudonyms, owner_of: dict[str, str]) -> Row:
+    """Load, check and write one case; ``owner_of`` (content to person) is the caller's register and is added to."""
+    from medsynth.imaging.loading import load_case
+    from medsynth.imaging.transforms import to_grid
+
+    loaded = load_case(case, config.grid, config.ingest)
+    wanted = config.ingest.min_foreground_voxels
+    if loaded.labelled and int((loaded.label > 0).sum()) < wanted:
+        raise CaseRefused("empty_label")
+    images, labels = to_grid(loaded.image, loaded.label, loaded.affine, config.grid)
+    if loaded.labelled and int((labels > 0).sum()) < wanted:
+        raise CaseRefused("empty_label")
+    if owner_of.setdefault(loaded.content, case.person) != case.person:
+        raise CaseRefused("duplicate_content")
+    case_id = names.case(place)
+    write_case(out, case_id, images, labels, config.grid)
+    return Row(
+        case_id=case_id,
+        patient_id=names.patient(case.person),
+        split=case.split or split_of(case.person, config),
+        source=case.source,
+        records=len(images),
+        labelled=loaded.labelled,
+        content=loaded.content,
+    )
+
+
+def _check(config: Study, outcome: Outcome) -> None:
+    if not outcome.rows:
+        reasons = Counter(reason for _, reason in outcome.refused)
+        found = "; ".join(f"{count} x {reason} ({REASONS[reason]})" for reason, count in reasons.most_common())
+        raise InputError(f"no usable case among {len(outcome.refused)} found: {found}")
+    splits = {row.split for row in outcome.rows}
+    if splits != {"train", "test"}:
+        have = ", ".join(sorted(splits))
+        raise InputError(
+            f"all usable patients fell into '{have}': "
+            + (
+                f"change ingest.test_fraction (now {config.ingest.test_fraction:g}) or seed (now {config.seed})"
+                if config.ingest.split == "hash"
+                else "the train folder and the val or test folder each need at least one usable case"
+            )
+        )
+
+
+def _refusals(refused: Sequence[tuple[Case, str]], source: Path, names: Pseudonyms) -> list[dict[str, str]]:
+    return [
+        {
+            "ref": names.reference(relative(case.images[0], source)),
+            "ordinal": str(ordinal),
+            "kind": case.source,
+            "reason": reason,
+            "message": REASONS[reason],
+        }
+        for ordinal, (case, reason) in enumerate(refused, start=1)
+    ]
+
+
+def _as_text(row: Row) -> dict[str, str]:
+    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in asdict(row).items()}
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
