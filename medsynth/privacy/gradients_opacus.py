@@ -59,6 +59,10 @@ class OpacusBackend:
 
     def clipped_sum(self, batches: Sequence[Batch]) -> ClippedSum:
         """Return the clipped sum over patients, one batch each; an empty list gives zeros."""
+        if not all(module.training for module in self.model.modules()):
+            raise PrivacyError(
+                "Opacus records nothing of layers in eval mode: call model.train(), or use backend 'unit'"
+            )
         parameters = trainable(self.model)
         sums = zero_sums(parameters)
         norms: list[float] = []
@@ -103,8 +107,8 @@ def _take_sample(parameter: nn.Parameter, rows: int) -> Tensor | None:
         return None
     if not isinstance(sample, Tensor) or sample.shape[0] != rows:
         raise PrivacyError(
-            "Opacus gave no per-sample gradient for a trained parameter (model in eval mode, a weight used outside its "
-            "layer, or a batch axis that is not first): use train.backend 'unit'"
+            "Opacus gave no per-sample gradient for a trained parameter (a weight used outside its layer, "
+            "or a batch axis that is not first): use train.backend 'unit'"
         )
     return sample.detach()
 

@@ -124,9 +124,9 @@ class Ledger:
             "code": f"medsynth {__version__}",
             "mechanisms": [e.kind if isinstance(e, Event) else f"{e.kind}:{e.name}" for e in mechanisms],
             "events": [event.to_json() for event in events],
-            "sensitivity": {"unit": UNIT, "relation": RELATION, "clip_norms": clip_norms, **(sensitivity or {})},
-            "denominators": {**by_plan, **(denominators or {})},
-            "sampling": {**schemes, **(sampling or {})},
+            "sensitivity": _joined({"unit": UNIT, "relation": RELATION, "clip_norms": clip_norms}, sensitivity),
+            "denominators": _joined(by_plan, denominators),
+            "sampling": _joined(schemes, sampling),
             "noise_source": describe_source(noise_source) if isinstance(noise_source, str) else dict(noise_source),
             "config_digest": config_digest,
             "parents": dict(parents),
@@ -344,6 +344,14 @@ def _plan_fields(mechanisms: Sequence[Mechanism | Event]) -> tuple[dict[str, flo
         {plan.name: plan.denominator for plan in plans},
         {plan.name: plan.scheme for plan in plans},
     )
+
+
+def _joined(own: Mapping[str, Any], more: Mapping[str, Any] | None) -> Record:
+    """Return both; what is executed (``own``) can be added to but not contradicted."""
+    clash = [key for key, value in (more or {}).items() if key in own and own[key] != value]
+    if clash:
+        raise PrivacyError(f"'{clash[0]}' is taken from the mechanism that runs: do not pass another value for it")
+    return {**own, **(more or {})}
 
 
 def _refuse_private(value: Any) -> None:

@@ -1,0 +1,65 @@
+"""The plan of noise: within the promise, near it, from public constants only."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from medsynth.config import Appearance, Masks, Privacy, Shares, Train
+from medsynth.errors import BudgetError
+from medsynth.privacy.accounting import epsilon
+from medsynth.privacy.budget import MASK_SUMS, plan_budget
+
+TRAIN = Train(steps=100)
+
+
+def _privacy(eps: float = 8.0, n: int = 200, **kwargs: object) -> Privacy:
+    return Privacy(epsilon=eps, declared_patients=n, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("promise", [1.0, 3.0, 8.0])
+def test_the_plan_stays_below_the_promise_and_uses_it(promise: float) -> None:
+    plan = plan_budget(_privacy(promise), TRAIN, Masks())
+    assert 0.99 * promise <= plan.epsilon <= promise
+    assert plan.epsilon == epsilon(plan.all_events, plan.delta)
+
+
+def test_shares_of_mu_squared_are_kept() -> None:
+    shares = Shares(masks=2, appearance=1, training=1)
+    plan = plan_budget(_privacy(shares=shares), TRAIN, Masks())
+    assert MASK_SUMS / plan.masks_noise_multiplier**2 == pytest.approx(plan.mu**2 / 2)
+    assert 1 / plan.appearance_noise_multiplier**2 == pytest.approx(plan.mu**2 / 4)
+
+
+def test_pitfall_03_plans_do_not_know_the_number_of_patients() -> None:
+    one, other = (plan_budget(_privacy(n=n), TRAIN, Masks()) for n in (256, 257))
+    assert one == other
+
+
+def test_a_mechanism_that_does_not_run_has_no_event() -> None:
+    plan = plan_budget(
+        _privacy(), Train(steps=100, appearance=Appearance(enabled=False)), Masks(source="public_shapes")
+    )
+    assert set(plan.events) == {"training"}
+    assert plan.masks_noise_multiplier == plan.appearance_noise_multiplier == 0
+    assert plan.epsilon <= 8
+    statistics = plan_budget(_privacy(), Train(steps=0), Masks())
+    assert set(statistics.events) == {"masks", "appearance"} and statistics.training_noise_multiplier == 0
+
+
+def test_more_steps_need_more_noise() -> None:
+    few, many = (plan_budget(_privacy(), Train(steps=steps), Masks()) for steps in (50, 400))
+    assert many.training_noise_multiplier > few.training_noise_multiplier
+
+
+def test_infinite_epsilon_plans_nonprivate_events() -> None:
+    plan = plan_budget(_privacy(math.inf), TRAIN, Masks())
+    assert plan.epsilon == math.inf
+    assert {event.kind for event in plan.all_events} == {"nonprivate"}
+    assert plan.training_noise_multiplier == 0
+
+
+def test_a_training_share_of_nothing_is_refused() -> None:
+    with pytest.raises(BudgetError, match="shares"):
+        plan_budget(_privacy(0.5, shares=Shares(masks=1e6, appearance=1e6, training=1e-9)), TRAIN, Masks())
