@@ -202,10 +202,13 @@ def _check_geometry(datasets: Sequence[pydicom.Dataset]) -> None:
     if len(datasets) == 1:
         return
 
-    def regular(**allowed: bool) -> bool:
+    def regular(missing: bool = False, duplicate: bool = False) -> bool:
         try:
             spacing, _ = hd.spatial.get_series_volume_positions(
-                datasets, orientation_tol=ORIENTATION_TOLERANCE, **allowed
+                datasets,
+                orientation_tol=ORIENTATION_TOLERANCE,
+                allow_missing_positions=missing,
+                allow_duplicate_positions=duplicate,
             )
         except ValueError:
             return False
@@ -213,9 +216,10 @@ def _check_geometry(datasets: Sequence[pydicom.Dataset]) -> None:
 
     if regular():
         return
-    for allowed, reason in (("missing", "missing_slice"), ("duplicate", "multiple_frames")):
-        if regular(**{f"allow_{allowed}_positions": True}):
-            raise CaseRefused(reason)
+    if regular(missing=True):
+        raise CaseRefused("missing_slice")
+    if regular(duplicate=True):
+        raise CaseRefused("multiple_frames")
     raise CaseRefused("irregular_geometry")
 
 
@@ -239,7 +243,7 @@ def _as_ras(volume: Any) -> Volume:
     )
 
 
-class HighdicomReader(ImageReader):  # type: ignore[misc]  # monai is untyped
+class HighdicomReader(ImageReader):
     """MONAI reader of one DICOM series, a folder of it or its list of files (for ``monai.transforms.LoadImage``)."""
 
     def verify_suffix(self, filename: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data.image_reader import ImageReader, NibabelReader, PILReader
-from monai.transforms import LoadImage
+from monai.transforms.io.array import LoadImage
 
 from medsynth.config import Grid, Ingest
 from medsynth.imaging.dicom import HighdicomReader, label_value, read_segmentation
@@ -93,10 +95,17 @@ def _channel_first(array: torch.Tensor) -> torch.Tensor:
     return array.movedim(-1, 0).contiguous()
 
 
+@functools.cache
+def _loader() -> LoadImage:
+    # every reader that MONAI registers here and we never use would warn about a missing GPU decoder
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    return LoadImage(image_only=True, dtype=np.float32)
+
+
 def _read(path: Any, reader: ImageReader) -> tuple[torch.Tensor, np.ndarray]:
     """Load by MONAI; whatever a damaged file makes a reader raise becomes one reason."""
     try:
-        loaded = LoadImage(image_only=True, dtype=np.float32)(path, reader=reader)
+        loaded: Any = _loader()(path, reader=reader)  # given at run time, its own exceptions come through
     except (CaseRefused, MemoryError):
         raise
     except Exception as error:

@@ -7,11 +7,14 @@ public constants. Photographs keep MONAI's axis order: axis 0 runs along columns
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Orientation, Resize, ResizeWithPadOrCrop, ScaleIntensityRangePercentiles, Spacing
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.croppad.array import ResizeWithPadOrCrop
+from monai.transforms.intensity.array import ScaleIntensityRangePercentiles
+from monai.transforms.spatial.array import Orientation, Resize, Spacing
 
 from medsynth.config import Grid
 from medsynth.imaging.refusal import CaseRefused
@@ -54,10 +57,9 @@ def to_grid(
         return planes[0][None], planes[1][None]
     images, labels = _orient(image, label, affine)
     if grid.spatial_dims == 3:
-        pixdim = grid.spacing_mm
-        images, labels = _resample(images, labels, pixdim, grid)
-        images, labels = _fit(_scale(images, grid), labels, grid.shape)
-        return images[None], labels
+        placed, mask = _resample(images, labels, grid.spacing_mm, grid)
+        fitted, mask = _fit(_scale(placed, grid), mask, grid.shape)
+        return fitted[None], mask
     return _slices(images, labels, grid)
 
 
@@ -83,10 +85,11 @@ def pair_to_grid(image: torch.Tensor, label: torch.Tensor, grid: Grid) -> tuple[
 def _orient(image: torch.Tensor, label: torch.Tensor, affine: np.ndarray | None) -> tuple[MetaTensor, MetaTensor]:
     matrix = torch.as_tensor(np.eye(4) if affine is None else affine, dtype=torch.float64)
     turn = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))
-    return (
-        turn(MetaTensor(image.as_subclass(torch.Tensor).float(), affine=matrix)),
-        turn(MetaTensor(label.as_subclass(torch.Tensor)[None].float(), affine=matrix)),
-    )
+    turned: list[MetaTensor] = []
+    for array in (image, label[None]):
+        placed: Any = turn(MetaTensor(array.as_subclass(torch.Tensor).float(), affine=matrix))
+        turned.append(placed)
+    return turned[0], turned[1]
 
 
 def _resample(
@@ -122,13 +125,15 @@ def _in_plane(
     return flat, labels[0]
 
 
-def _slices(image: MetaTensor, label: MetaTensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _slices(volume: MetaTensor, volume_label: MetaTensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut a RAS volume into evenly spaced slices; those with foreground where there are any."""
     axis = _AXES[grid.slice_axis or "S"]
+    image: torch.Tensor = volume
+    label: torch.Tensor = volume_label
     if grid.spacing_mm is not None:
         pixdim = list(grid.spacing_mm)
         pixdim.insert(axis, 0.0)  # MONAI keeps an axis whose spacing is not positive
-        image, label = _resample(image, label, pixdim, grid)
+        image, label = _resample(volume, volume_label, pixdim, grid)
     scaled = _scale(image, grid)
     planes = label.as_subclass(torch.Tensor)[0].movedim(axis, 0)
     filled = torch.nonzero(planes.flatten(1).any(dim=1)).flatten().tolist() or list(range(planes.shape[0]))
