@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -56,6 +57,23 @@ class StepJournal:
     def finished(self) -> bool:
         """Whether every step is spent."""
         return self.next_step >= self.steps
+
+    def claimed_steps(self, block: int = 1) -> Iterator[int]:
+        """Yield every step that is left, each claimed on disk before it is yielded.
+
+        Loop over this rather than over numbers of one's own: a second process on the same journal then gets other
+        steps, never the same ones.
+
+        Args:
+            block: how many steps to claim with one write (lost together in a crash).
+        """
+        while True:
+            with self._lock:
+                start = self._next()
+                if start >= self.steps:
+                    return
+                claimed = self.claim(start, block)
+            yield from claimed
 
     def claim(self, step: int, block: int = 1) -> range:
         """Spend the next steps, on disk, before any patient is read for them.

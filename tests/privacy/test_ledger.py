@@ -254,6 +254,12 @@ def test_two_processes_cannot_claim_the_same_step(tmp_path: Path) -> None:
         other.claim(0)
 
 
+def test_two_processes_share_the_steps_and_repeat_none(tmp_path: Path) -> None:
+    runs = [StepJournal(tmp_path / "s.jsonl", 7).claimed_steps(block=2) for _ in range(2)]
+    taken = [next(runs[turn]) for turn in (0, 1, 0, 1, 1)] + [step for run in runs for step in run]
+    assert sorted(taken) == list(range(7))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
