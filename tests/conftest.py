@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: no telemetry, few threads, real cohorts if they are here, a blocked network, tiny studies."""
+"""Fixtures of all tests: no telemetry, few threads, real cohorts if they are here, no network, tiny studies."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ VERBS = {
     "certify",
     "export",
     "verify",
+    "quarantine",
     "config",
 }
 HEAVY = ("torch", "monai", "diffusers", "opacus", "mlflow", "highdicom", "matplotlib", "scipy", "pandas")

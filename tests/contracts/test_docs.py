@@ -1,4 +1,4 @@
-"""The documents tell the truth: commands exist, links resolve, settings are all described, no path of a machine leaks."""
+"""The documents tell the truth: commands exist, links resolve, settings are described, no machine path leaks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from medsynth.config import Study
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipelines").rglob("*.md")])
+TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sbatch", ".service", ""}
 MACHINE = re.compile(r"(?<![\w.])/(work|farm|root|home)/[A-Za-z_.]")
 
 
