@@ -138,7 +138,7 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
             yield Case("dicom", segmentation.patient, segmentation.files, refused="no_image")
             continue
         labels[image.uid] += segmentation.files
-        if segmentation.patient != image.patient:
+        if image.patient and segmentation.patient != image.patient:
             refused[image.uid] = "patient_mismatch"
     for series in findings.images:
         reason = "truncated_dicom" if series.suspect else refused.get(series.uid)
@@ -153,6 +153,8 @@ def _msd(root: Path, settings: Ingest) -> Iterator[Case]:
     names = {int(value): str(name) for value, name in dict(description.get("labels") or {}).items()}
     for listed in description.get("training") or []:
         entry = {"image": listed} if isinstance(listed, str) else listed
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise InputError("dataset.json of the input: each entry of 'training' needs a text 'image' (and 'label')")
         image = root / entry["image"]
         label = (root / entry["label"],) if entry.get("label") else ()
         yield Case("nifti", _person(stem(image), settings), (image,), label, label_names=names)

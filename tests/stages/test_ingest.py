@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.uid import generate_uid
+
+from medsynth import config, store
+from medsynth.config import Study
+from medsynth.errors import InputError, StoreError
+from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
+from medsynth.imaging.deidentify import explain
+from medsynth.imaging.dicom import read_segmentation, read_series
+from medsynth.imaging.dicom_writer import SeriesMeta, write_segmentation, write_series
+from medsynth.stages import ingest
+from medsynth.tracking import NullTracker
+
+POLYP = {0: "background", 1: "polyp"}
+LABELS = {0: "background", 1: "organ", 2: "lesion"}
+SHAPE = (10, 12, 8)
+AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, -7], [0, 0, 2, 11], [0, 0, 0, 1]])
+
+
+def study(ingest_settings: dict[str, Any] | None = None, **grid: Any) -> Study:
+    full = {"spatial_dims": 3, "shape": [12, 12, 12], "spacing_mm": [2, 2, 2], "labels": LABELS, **grid}
+    dims = full["spatial_dims"]
+    return config.parse(
+        {
+            "name": "ingest",
+            "grid": full,
+            "privacy": {"declared_patients": 16},
+            "ingest": {"test_fraction": 0.5, **(ingest_settings or {})},
+            "masks": {"coefficients": [4] * dims},
+            "train": {"appearance": {"coefficients": [2] * dims}},
+        }
+    )
+
+
+def picture(seed: int, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
+    image = np.random.default_rng(seed).integers(0, 900, shape).astype(np.int16)
+    label = np.zeros(shape, np.uint8)
+    label[2:6, 3:7, 2:5] = 1
+    label[2:4, 3:7, 5] = 2
+    return image, label
+
+
+def put_dicom(root: Path, person: str, seed: int, labelled: bool = True) -> Path:
+    image, label = picture(seed)
+    meta = SeriesMeta(modality="MR", patient_id=person, patient_name="Zyxwvut^Planted", synthetic=False)
+    series = write_series(root / person / "image", image, AFFINE, meta)
+    if labelled:
+        write_segmentation(root / person / "seg" / "seg.dcm", label, series, LABELS)
+    return root / person / "image"
+
+
+def put_msd(root: Path, cases: dict[str, tuple[np.ndarray, np.ndarray]], names: Any = LABELS) -> None:
+    for folder, index in (("imagesTr", 0), ("labelsTr", 1)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name, arrays in cases.items():
+            nib.save(nib.Nifti1Image(arrays[index], AFFINE), root / folder / f"{name}.nii.gz")
+    entries = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in cases]
+    description = {"labels": {str(k): v for k, v in names.items()}, "training": entries}
+    (root / "dataset.json").write_text(json.dumps(description))
+
+
+def good(count: int, first: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {f"case_{i:03d}": picture(i) for i in range(first, first + count)}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def ingested(settings: Study, source: Path, out: Path) -> list[str]:
+    """Run the stage; returns the reasons of the quarantine list."""
+    ingest.run(settings, {"source": source}, out, NullTracker())
+    return sorted(row["reason"] for row in rows(out / "quarantine.csv"))
+
+
+def in_world(array: np.ndarray, affine: np.ndarray) -> dict[tuple[float, ...], float]:
+    indices = np.argwhere(np.ones(array.shape, bool))
+    points = np.round(indices @ affine[:3, :3].T + affine[:3, 3], 3)
+    return dict(zip(map(tuple, points.tolist()), array.ravel().tolist(), strict=True))
+
+
+def test_geometry_comes_from_positions_whatever_the_instance_numbers_say(tmp_path: Path) -> None:
+    folder = put_dicom(tmp_path, "A", 0)
+    numbers = np.random.default_rng(3).permutation(SHAPE[2])
+    for path, number in zip(sorted(folder.iterdir()), numbers, strict=True):
+        dataset = pydicom.dcmread(path)
+        dataset.InstanceNumber = int(number) % 3
+        dataset.save_as(path)
+    volume = read_series(sorted(folder.iterdir(), reverse=True))
+    assert in_world(volume.array, volume.affine) == in_world(picture(0)[0], AFFINE)
+
+
+def test_segments_land_on_the_image_voxels(tmp_path: Path) -> None:
+    folder = put_dicom(tmp_path, "A", 0)
+    volume = read_series(list(folder.iterdir()))
+    label = read_segmentation([tmp_path / "A/seg/seg.dcm"], volume.array.shape, volume.affine, study().grid)
+    assert in_world(label, volume.affine) == in_world(picture(0)[1], AFFINE)
+
+
+def test_dicom_and_nifti_of_the_same_scan_give_the_same_patient_voxels(tmp_path: Path) -> None:
+    for index in range(4):
+        put_dicom(tmp_path / "d", f"case_{index:03d}", index)
+    put_msd(tmp_path / "n", good(4))
+    for kind in "dn":
+        assert ingested(study(), tmp_path / kind, tmp_path / f"out-{kind}") == []
+    for split in ("train", "test"):
+        pair = [load_patients(tmp_path / f"out-{kind}", study().grid, split) for kind in "dn"]
+        voxels = [sorted(p.images.numpy().tobytes() + p.labels.numpy().tobytes() for p in each) for each in pair]
+        assert voxels[0] == voxels[1] != []
+
+
+def test_broken_dicom_is_quarantined_with_its_reason_and_can_be_found_again(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for index in range(6):
+        put_dicom(source, f"P{index}", index)
+    cut = sorted(put_dicom(source, "cut", 20).iterdir())[3]
+    cut.write_bytes(cut.read_bytes()[:-50])
+    sorted(put_dicom(source, "gap", 21).iterdir())[3].unlink()
+    header = sorted(put_dicom(source, "header", 22).iterdir())[0]
+    header.write_bytes(header.read_bytes()[:400])
+    put_dicom(source, "bare", 23, labelled=False)
+    for path in put_dicom(source, "nobody", 24).iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.PatientID = ""
+        dataset.save_as(path)
+    for path in put_dicom(source, "flat", 25).iterdir():
+        dataset = pydicom.dcmread(path)
+        del dataset.ImagePositionPatient
+        dataset.save_as(path)
+    reasons = ingested(study(), source, tmp_path / "out")
+    assert set(reasons) == {"truncated_dicom", "missing_slice", "no_label", "no_patient_id", "no_geometry"}
+    assert reasons.count("truncated_dicom") == 3  # the cut series, the broken file, and the series beside it
+    found = explain(tmp_path / "out", source)
+    assert {row["ref"] for row in rows(tmp_path / "out" / "quarantine.csv")} == set(found)
+    assert source / "gap" in [path.parent.parent for path in found.values()]
+
+
+def test_two_series_in_one_folder_stay_two_series(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for index in range(5):
+        put_dicom(source, f"P{index}", index)
+    for path in put_dicom(source, "P8", 8).iterdir():
+        shutil.copy(path, source / "P1" / "image" / f"other-{path.name}")
+    shutil.rmtree(source / "P8" / "image")
+    assert ingested(study(), source, tmp_path / "out") == []
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 6
+
+
+def test_segmentation_without_references_is_paired_by_frame_of_reference(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for index in range(6):
+        put_dicom(source, f"P{index}", index)
+    path = source / "P2" / "seg" / "seg.dcm"
+    dataset = pydicom.dcmread(path)
+    dataset.ReferencedSeriesSequence[0].SeriesInstanceUID = generate_uid()
+    dataset.save_as(path)
+    assert ingested(study(), source, tmp_path / "out") == []
+
+
+def test_secondary_capture_without_geometry_is_quarantined(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for index in range(6):
+        put_dicom(source, f"P{index}", index)
+    meta = SeriesMeta(modality="OT", patient_id="SC", patient_name="A^B", synthetic=False)
+    write_series(source / "SC", picture(0)[0][:, :, 0], None, meta)
+    assert ingested(study({"require_labels": False}), source, tmp_path / "out") == ["no_geometry"]
+
+
+def test_broken_nifti_is_quarantined_with_its_reason(tmp_path: Path) -> None:
+    image, label = picture(50)
+    nan = image.astype(np.float32)
+    nan[1, 1, 1] = np.nan
+    bad = {
+        "shape_mismatch": (picture(51)[0], label[:-1]),
+        "unknown_label": (picture(52)[0], label * 3),
+        "empty_label": (picture(53)[0], label * 0),
+        "non_finite": (nan, label),
+        "constant_image": (np.full_like(image, 7), label),
+        "duplicate_content": picture(0),
+        "unreadable_file": picture(54),
+    }
+    put_msd(tmp_path / "in", {**good(6), **{f"z_{reason}": arrays for reason, arrays in bad.items()}})
+    (tmp_path / "in/imagesTr/z_unreadable_file.nii.gz").write_bytes(b"no gzip")
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == sorted(bad)
+
+
+@pytest.mark.parametrize("layout", ["empty", "nothing known", "all broken"])
+def test_unusable_input_is_an_error_and_leaves_no_folder(tmp_path: Path, layout: str) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    if layout == "nothing known":
+        (source / "note.txt").write_text("hello")
+    if layout == "all broken":
+        put_msd(source, {"a": (np.zeros(SHAPE, np.int16), picture(0)[1])})
+    with pytest.raises(InputError):
+        ingest.run(study(), {"source": source}, tmp_path / "out", NullTracker())
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_unwritable_output_is_a_store_error(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", good(6))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError):
+        ingest.run(study(), {"source": tmp_path / "in"}, tmp_path / "file" / "cohort", NullTracker())
+
+
+def test_one_sided_split_is_refused_with_advice(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", good(3))
+    with pytest.raises(InputError, match=r"ingest\.test_fraction"):
+        ingest.run(study({"test_fraction": 0.0}), {"source": tmp_path / "in"}, tmp_path / "out", NullTracker())
+
+
+def test_no_name_and_no_path_is_in_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "Qwertzuiop"
+    for index in range(6):
+        put_dicom(source, f"Hospitalid{index}", index)
+    sorted(put_dicom(source, "Hospitalid9", 9).iterdir())[2].unlink()
+    assert ingested(study(), source, tmp_path / "out") == ["missing_slice"]
+    content = "".join(capfd.readouterr()).encode()
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            content += path.name.encode() + path.read_bytes()
+            content += gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else b""
+    for secret in (b"Zyxwvut", b"Planted", b"Hospitalid", b"Qwertzuiop"):
+        assert secret not in content
+    assert (tmp_path / "out" / "pseudonym.key").stat().st_mode & 0o777 == 0o600
+    assert store.read_manifest(tmp_path / "out").sensitivity == "private"
+
+
+def test_adding_a_patient_moves_nobody(tmp_path: Path) -> None:
+    splits = []
+    for count in (8, 9):
+        put_msd(tmp_path / f"in{count}", good(count))
+        ingested(study(), tmp_path / f"in{count}", tmp_path / f"out{count}")
+        splits.append({r["content"]: r["split"] for r in rows(tmp_path / f"out{count}" / "cases.csv")})
+    assert splits[0].items() <= splits[1].items()
+
+
+def test_linkage_rule_joins_the_scans_of_a_person(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", {f"pat{i // 2}_scan{i % 2}": picture(i) for i in range(12)})
+    settings = study({"patient_id_pattern": r"^(pat\d+)_"})
+    assert ingested(settings, tmp_path / "in", tmp_path / "out") == []
+    patients = [p for s in ("train", "test") for p in load_patients(tmp_path / "out", settings.grid, s)]
+    assert [p.images.shape for p in patients] == [(2, 1, 12, 12, 12)] * 6
+
+
+def test_nnunet_labels_are_matched_by_name(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    put_msd(
+        source,
+        {name: (image, np.where(label, 3 - label, 0).astype(np.uint8)) for name, (image, label) in good(6).items()},
+    )
+    for path in (source / "imagesTr").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", "_0000.nii.gz")))
+    description = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "Lesion": 1, "Organ": 2}}
+    (source / "dataset.json").write_text(json.dumps(description))
+    assert ingested(study(), source, tmp_path / "out") == []
+    label = load_patients(tmp_path / "out", study().grid, "train")[0].labels
+    assert (int((label == 1).sum()), int((label == 2).sum())) == (4 * 4 * 3, 2 * 4)
+
+
+def test_slices_of_a_volume_are_records_with_foreground(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", good(6))
+    settings = study(spatial_dims=2, shape=[12, 12], spacing_mm=[2, 2], slice_axis="S", max_slices=3)
+    assert ingested(settings, tmp_path / "in", tmp_path / "out") == []
+    patient = load_patients(tmp_path / "out", settings.grid, "train")[0]
+    assert patient.images.shape == (3, 1, 12, 12) and patient.labels.shape == (3, 12, 12)
+    assert bool((patient.labels.flatten(1) > 0).any(dim=1).all())
+
+
+def test_photographs_keep_columns_first_and_folders_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for kind in ("images", "masks"):
+            (tmp_path / "in" / split / kind).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 255, (20, 40, 3)).astype(np.uint8)  # 20 rows, 40 columns
+            mask = np.zeros((20, 40), np.uint8)
+            mask[:, 30:] = 250
+            Image.fromarray(pixels).save(tmp_path / "in" / split / "images" / f"{split}{index}.png")
+            Image.fromarray(mask).save(tmp_path / "in" / split / "masks" / f"{split}{index}.png")
+    Image.fromarray(mask.T).save(tmp_path / "in" / "train" / "masks" / "train0.png")
+    settings = study(
+        {"split": "folders"},
+        spatial_dims=2, shape=[20, 12], spacing_mm=None, channels=3, modality="ES", labels=POLYP,
+    )  # fmt: skip
+    assert ingested(settings, tmp_path / "in", tmp_path / "out") == ["shape_mismatch"]
+    train, test = (load_patients(tmp_path / "out", settings.grid, s) for s in ("train", "test"))
+    assert (len(train), len(test)) == (2, 2)
+    assert train[0].images.shape == (1, 3, 20, 12)
+    expected = np.zeros((20, 12), np.uint8)
+    expected[15:] = 1
+    assert np.array_equal(train[0].labels[0].numpy(), expected)
+
+
+@pytest.mark.parametrize(("dims", "channels"), [(3, 1), (2, 1), (2, 3)])
+def test_pairs_survive_the_disk_within_one_grey_level(tmp_path: Path, dims: int, channels: int) -> None:
+    shape = [12] * dims
+    grid = study(spatial_dims=dims, shape=shape, spacing_mm=[2] * dims, channels=channels).grid
+    rng = np.random.default_rng(1)
+    size = tuple(range(8, 8 + dims))
+    pair = Pair(
+        "a", rng.uniform(-1, 1, (channels, *size)).astype(np.float32), rng.integers(0, 3, size).astype(np.uint8)
+    )
+    write_pair(tmp_path, pair, grid)
+    before = (tmp_path / "images" / "a.nii.gz").read_bytes()
+    (back,) = read_pairs(tmp_path)
+    assert np.abs(back.image - pair.image).max() <= (0.001 if channels == 1 else 1 / 255) + 1e-6
+    assert np.array_equal(back.label, pair.label)
+    write_pair(tmp_path, pair, grid)
+    assert (tmp_path / "images" / "a.nii.gz").read_bytes() == before
+    images, labels = load_pairs(tmp_path, grid)
+    assert images.shape == (1, channels, *shape) and labels.shape == (1, *shape)
+
+
+@pytest.mark.realdata
+def test_real_series_come_in_where_their_headers_put_them(real_data: Path, tmp_path: Path) -> None:
+    for folder in sorted((real_data / "dicom").glob("*/*")):
+        files = sorted(folder.glob("*.dcm"))
+        volume = read_series(files)
+        inverse = np.linalg.inv(volume.affine)
+        for path in files:
+            dataset = pydicom.dcmread(path)
+            position, axes = (
+                np.array(dataset.ImagePositionPatient, float),
+                np.array(dataset.ImageOrientationPatient, float),
+            )
+            step = axes[:3] * float(dataset.PixelSpacing[1]) * 7 + axes[3:] * float(dataset.PixelSpacing[0]) * 5
+            x, y, z = (inverse @ np.append((position + step) * [-1, -1, 1], 1))[:3]
+            # millimetres in the headers are rounded, and slices lie within highdicom's 1 % of the spacing
+            assert (x, y) == pytest.approx((7, 5), abs=0.05) and abs(z - round(z)) < 0.05
+            slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
+            plane = dataset.pixel_array.T * slope + intercept
+            assert np.allclose(volume.array[..., round(z)], plane, rtol=1e-5, atol=1e-3)
+    settings = study({"require_labels": False}, shape=[40, 56, 40], spacing_mm=[1, 1, 1])
+    chosen = next(seed for seed in range(50) if _splits(settings, seed) == {"train", "test"})
+    settings = settings.model_copy(update={"seed": chosen})
+    assert ingested(settings, real_data / "dicom", tmp_path / "out") == []
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 4
+    assert load_patients(tmp_path / "out", settings.grid, "train") == []
+    assert len(load_patients(tmp_path / "out", settings.grid, "train", labelled_only=False)) == 1
+
+
+def _splits(settings: Study, seed: int) -> set[str]:
+    seeded = settings.model_copy(update={"seed": seed})
+    return {ingest.split_of(person, seeded) for person in ("PGBM-002", "PGBM-006")}
+
+
+@pytest.mark.realdata
+def test_real_hippocampi_and_polyps_come_in(real_data: Path, tmp_path: Path) -> None:
+    description = json.loads((real_data / "hippocampus" / "dataset.json").read_text())
+    description["training"] = description["training"][:8]
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "dataset.json").write_text(json.dumps(description))
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "h" / folder).symlink_to(real_data / "hippocampus" / folder)
+    settings = study(shape=[48, 64, 48], spacing_mm=[1, 1, 1], labels={0: "background", 1: "Anterior", 2: "Posterior"})
+    assert ingested(settings, tmp_path / "h", tmp_path / "out-h") == []
+    for patient in load_patients(tmp_path / "out-h", settings.grid, "train"):
+        source = patient.images
+        assert (float(source.min()), float(source.max())) == (-1, 1) and set(patient.labels.unique().tolist()) == {
+            0,
+            1,
+            2,
+        }
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "k" / split / kind).mkdir(parents=True)
+            for path in sorted((real_data / "kvasir" / split / kind).iterdir())[:3]:
+                (tmp_path / "k" / split / kind / path.name).symlink_to(path)
+    polyps = study(
+        {"split": "folders"},
+        spatial_dims=2, shape=[64, 64], spacing_mm=None, channels=3, modality="ES", labels=POLYP,
+    )  # fmt: skip
+    assert ingested(polyps, tmp_path / "k", tmp_path / "out-k") == []
+    assert len(load_patients(tmp_path / "out-k", polyps.grid, "test")) == 3
