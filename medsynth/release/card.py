@@ -22,10 +22,11 @@ def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
     )
     labels = "\n".join(f"| {value} | {name} |" for value, name in sorted(grid.labels.items()))
     privacy = _claim_in_words(claim) if claim else "**None. This release carries no certificate (see `UNCERTIFIED`).**"
+    about = f" {config.description}" if config.description else ""
     return f"""# {export.dataset_name}: a synthetic dataset
 
 {pairs} pairs of a synthetic image and its segmentation ({grid.modality}, {grid.spatial_dims}D, {spacing}).
-No image shows a patient. {config.description}
+No image shows a patient.{about}
 
 ## Privacy
 {privacy}
@@ -93,7 +94,7 @@ Whatever method the attacker uses, and however long, the share of true members f
 |---|---|
 {bounds}
 
-Without any promise the second column would be 100 %; a blind guess gives the first column's value.
+Without any promise the second column could be 100 %; a blind guess gives the first column's value.
 
 ## The same spend at other failure probabilities
 | delta | epsilon |

@@ -132,9 +132,10 @@ def linkage_rule(config: Study) -> str:
 def public_inputs(config: Study) -> list[str]:
     """Return what entered the release without costing privacy, with its provenance."""
     phantoms = config.encode.phantoms
-    codec = f"{phantoms.count} procedural phantoms (seed {phantoms.seed})" if config.encode.codec == "kl" else "none"
+    learnt = f"learnt from {phantoms.count} procedural phantoms (seed {phantoms.seed}), drawn by medsynth from no image"
+    codec = learnt if config.encode.codec == "kl" else "fixed and orthonormal, learnt from nothing"
     inputs = [
-        f"latent codec '{config.encode.codec}': learnt from {codec}; phantoms are drawn by medsynth, from no image",
+        f"latent codec '{config.encode.codec}': {codec}",
         "voxel grid, label names, size range and every knob: constants of the configuration",
     ]
     if config.train.pretrain_steps:
