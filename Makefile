@@ -56,6 +56,7 @@ bench: $(READY) ## time and memory of per-patient gradients against a plain step
 	$(BIN)/python pipelines/bench_dp_step.py
 
 docs: $(READY) ## build the documentation into build/site
+	$(BIN)/python docs/write_config_reference.py > docs/reference/config.md
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove everything that make wrote

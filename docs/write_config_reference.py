@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -27,12 +28,22 @@ def section(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def type_of(field: FieldInfo) -> str:
-    kind = field.annotation
-    text = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
-    text = re.sub(r"Annotated\[(\w+),.*?\)\]+", r"\1", text)
-    text = re.sub(r"\b(typing|builtins|annotated_types)\.", "", text)
-    return text.replace("|", "or").replace("Literal[", "one of [").replace("Ellipsis", "...")
+def name_of(kind: Any) -> str:
+    """Return a type in words, without the checks that hang on it."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return name_of(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(name_of(argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is ...:
+        return f"list of {name_of(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(name_of(argument) for argument in arguments)}]"
+    if origin is dict:
+        return f"{name_of(arguments[0])} to {name_of(arguments[1])}"
+    return {NoneType: "null", float: "number", int: "integer", str: "text", bool: "true or false"}.get(kind, str(kind))
 
 
 def default_of(field: FieldInfo) -> str:
@@ -44,7 +55,7 @@ def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         nested = section(field)
         if nested is None:
             text = (field.description or "").replace("|", "\\|")
-            yield f"| `{prefix}{name}` | {type_of(field)} | {default_of(field)} | {text} |"
+            yield f"| `{prefix}{name}` | {name_of(field.annotation)} | {default_of(field)} | {text} |"
         elif prefix:  # a section inside a section stays in its table
             yield from rows(nested, f"{prefix}{name}.")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
-from pydantic import BaseModel
 
 from medsynth import errors
-from medsynth.config import Study
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipelines").rglob("*.md")])
@@ -55,21 +55,30 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
 
 
-def fields(model: type[BaseModel], prefix: str = "") -> set[str]:
-    names: set[str] = set()
-    for name, field in model.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            names |= fields(nested, f"{prefix}{name}.")
-        else:
-            names.add(f"{prefix}{name}")
-    return names
-
-
-def test_config_reference_names_every_setting_and_no_other() -> None:
+def test_config_reference_is_fresh() -> None:
+    script = ROOT / "docs" / "write_config_reference.py"
+    result = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=True)
     page = (ROOT / "docs/reference/config.md").read_text(encoding="utf-8")
-    described = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
-    assert described == fields(Study)
+    assert page == result.stdout, "run `make docs` and commit docs/reference/config.md"
+
+
+def test_cli_reference_names_every_verb() -> None:
+    from medsynth import cli
+
+    page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    command = typer.main.get_command(cli.app)
+    assert isinstance(command, typer.core.TyperGroup)
+    assert [verb for verb in command.commands if f"`{verb}`" not in page and f"medsynth {verb}" not in page] == []
+
+
+def test_every_pitfall_has_a_row_and_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/explanation/what-epsilon-covers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
+    named = set(re.findall(r"`(test_\w+)`", page))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    written = set(re.findall(r"def (test_\w+)", code))
+    assert [int(row) for row in rows] == list(range(1, 24))
+    assert named - written == set()
 
 
 def test_exit_codes_are_the_errors_of_the_code() -> None:
