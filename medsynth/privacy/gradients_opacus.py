@@ -94,7 +94,7 @@ class OpacusBackend:
         with warnings.catch_warnings():
             # The first layer's input needs no gradient; Opacus uses the gradient of its output only.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            losses.sum().backward()
         return [_take_sample(parameter, rows) for parameter in parameters]
 
 

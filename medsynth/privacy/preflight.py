@@ -124,7 +124,7 @@ def _naive_gradient(model: nn.Module, row_loss: RowLoss, batch: Batch) -> list[T
     kept = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    row_loss(model, batch).mean().backward()  # type: ignore[no-untyped-call]  # torch's own signature
+    row_loss(model, batch).mean().backward()
     result = []
     for parameter, grad in zip(parameters, kept, strict=True):
         found = parameter.grad

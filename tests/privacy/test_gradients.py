@@ -150,11 +150,12 @@ def test_pitfall_23_sums_are_kept_in_double_precision(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_sum_does_not_depend_on_how_patients_are_cut_into_pieces(name: str) -> None:
+def test_pitfall_22_shards_and_chunks_add_up_even_empty_ones(name: str) -> None:
+    # Noise is added once, to the total: a shard's sum is exact and carries none.
     backend = open_backend(name, _denoiser(2), _diffusion_loss, 0.1)
     patients = [_patient(2, rows, rows) for rows in (1, 2, 3)]
-    parts = [backend.clipped_sum([p]) for p in patients]
-    total = [torch.stack(column).sum(0) for column in zip(*(p.tensors for p in parts), strict=True)]
+    shards = [backend.clipped_sum(shard) for shard in (patients[:2], [], patients[2:])]
+    total = [torch.stack(column).sum(0) for column in zip(*(s.tensors for s in shards), strict=True)]
     assert _distance(backend.clipped_sum(patients).tensors, total) < 1e-6
 
 
@@ -219,6 +220,13 @@ def test_pitfall_08_preflight_refuses_broken_backends(fault: str) -> None:
     broken = _Broken(UnitBackend(model, _diffusion_loss, 1.0), fault)
     with pytest.raises(PrivacyError, match="preflight"):
         preflight(broken, model, _diffusion_loss, batches, 1.0)
+
+
+def test_pitfall_08_a_missing_clip_is_found_even_if_no_public_gradient_reaches_it() -> None:
+    model = _denoiser(2)
+    broken = _Broken(UnitBackend(model, _diffusion_loss, 1e3), "no clip")
+    with pytest.raises(PrivacyError, match="preflight"):
+        preflight(broken, model, _diffusion_loss, [_patient(2, rows, rows) for rows in (1, 3)], 1e3)
 
 
 class _Permuting(nn.Module):
