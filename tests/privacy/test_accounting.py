@@ -73,9 +73,9 @@ def test_order_and_splitting_of_events_do_not_matter() -> None:
 
 def test_typical_events_take_less_than_three_seconds() -> None:
     epsilon([Event("gaussian", 1.0)], 1e-4)  # imports
-    started = time.monotonic()
+    started = time.process_time()  # not wall time: other tests run beside this one
     epsilon((*TYPICAL, Event("gaussian", 77.7)), 1.1e-4)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_one_nonprivate_event_makes_epsilon_infinite() -> None:
@@ -124,6 +124,7 @@ def test_membership_bound_by_hand() -> None:
     assert membership_bound(math.inf, 0.0, 0.01) == 1
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 20), st.sampled_from([1e-3, 1e-5, 1e-7]))
 def test_gaussian_mu_inverts_the_closed_form(eps: float, delta: float) -> None:
     mu = gaussian_mu(eps, delta)

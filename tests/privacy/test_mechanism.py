@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
@@ -79,6 +79,7 @@ def test_test_only_entropy_repeats_and_says_what_it_is() -> None:
         open_entropy("numpy")
 
 
+@settings(deadline=None)
 @given(arrays(np.float64, 6, elements=st.floats(allow_nan=True, allow_infinity=True)), st.floats(1e-3, 1e3))
 def test_no_vector_is_longer_than_the_clip_norm(vector: np.ndarray, bound: float) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
@@ -86,6 +87,7 @@ def test_no_vector_is_longer_than_the_clip_norm(vector: np.ndarray, bound: float
     assert np.isfinite(clipped).all() and np.linalg.norm(clipped) <= bound * (1 + 1e-12)
 
 
+@settings(deadline=None)
 @given(arrays(np.float64, 5, elements=st.floats(-1e6, 1e6)))
 def test_one_patient_moves_the_sum_by_at_most_the_clip_norm(extra: np.ndarray) -> None:
     cohort = [np.full(5, float(k)) for k in range(4)]
