@@ -16,11 +16,11 @@ HEAD = """# Configuration
 
 *Written by `make docs` from `medsynth/config.py`; do not edit.*
 
-A study is one YAML file. Unknown keys are refused with their path. `medsynth config show CONFIG` prints a study with all defaults
-filled in, and `--set privacy.epsilon=3` replaces one value of the file.
+A study is one YAML file. Unknown keys are refused with their path. `medsynth config show CONFIG` prints a study with
+all defaults filled in, and `--set privacy.epsilon=3` replaces one value of the file.
 
-Values that touch privacy (`privacy`, clip norms, rates, steps) are public constants: write them down before the cohort is read, and never
-derive them from it."""
+Values that touch privacy (`privacy`, clip norms, rates, steps) are public constants: write them down before the cohort
+is read, and never derive them from it."""
 
 
 def section(field: FieldInfo) -> type[BaseModel] | None:

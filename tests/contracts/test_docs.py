@@ -71,7 +71,7 @@ def test_cli_reference_names_every_verb() -> None:
     assert [verb for verb in command.commands if f"`{verb}`" not in page and f"medsynth {verb}" not in page] == []
 
 
-def test_every_pitfall_has_a_row_and_names_tests_that_exist() -> None:
+def test_the_table_of_pitfalls_and_the_tests_name_each_other() -> None:
     page = (ROOT / "docs/explanation/what-epsilon-covers.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
     named = set(re.findall(r"`(test_\w+)`", page))
@@ -79,6 +79,7 @@ def test_every_pitfall_has_a_row_and_names_tests_that_exist() -> None:
     written = set(re.findall(r"def (test_\w+)", code))
     assert [int(row) for row in rows] == list(range(1, 24))
     assert named - written == set()
+    assert {name for name in written if name.startswith("test_pitfall_")} - named == set()
 
 
 def test_exit_codes_are_the_errors_of_the_code() -> None:
