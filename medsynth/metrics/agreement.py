@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from medsynth.metrics.overlap import patient_dice
+from medsynth.metrics.overlap import known_mean, patient_dice
 
 
 def label_agreement(
@@ -26,4 +26,4 @@ def label_agreement(
     """
     truth = list(labels[:, None])
     tables = [patient_dice(list(network(images)[:, None]), truth, classes) for network in networks]
-    return np.asarray(np.mean(tables, axis=0))
+    return known_mean(np.stack(tables), axis=0)

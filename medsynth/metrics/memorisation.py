@@ -58,7 +58,7 @@ def coarse(images: Tensor) -> Tensor:
     longest = max(images.shape[2:])
     cells: Any = tuple(max(1, round(size * min(1.0, _CELLS[rank] / longest))) for size in images.shape[2:])
     pool = nn.AdaptiveAvgPool2d(cells) if rank == 2 else nn.AdaptiveAvgPool3d(cells)
-    flat = pool(images).flatten(1)
+    flat: Tensor = pool(images).flatten(1)
     return (flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True).clamp_min(1e-6)
 
 

@@ -74,9 +74,14 @@ def patient_means(table: np.ndarray) -> np.ndarray:
     Args:
         table: ``(patient, label)`` from :func:`patient_dice`.
     """
-    known = ~np.isnan(table)
-    counts = known.sum(axis=1)
-    sums = np.where(known, table, 0.0).sum(axis=1)
+    return known_mean(table, axis=1)
+
+
+def known_mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean along ``axis`` of what is not NaN; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    counts = known.sum(axis=axis)
+    sums = np.where(known, values, 0.0).sum(axis=axis)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 

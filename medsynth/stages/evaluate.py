@@ -1,0 +1,283 @@
+"""Stage ``evaluate``: how good the synthetic pairs are, measured on real patients that no stage has trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medsynth import logs, store
+from medsynth.config import Study
+from medsynth.errors import InputError
+from medsynth.imaging.cohort import Patient, load_pairs, load_patients
+from medsynth.metrics import figures
+from medsynth.metrics.agreement import label_agreement
+from medsynth.metrics.fidelity import discrepancy, similarity_within
+from medsynth.metrics.memorisation import Nearness, nearness
+from medsynth.metrics.overlap import (
+    bootstrap,
+    constant_prediction,
+    known_mean,
+    mean_shape,
+    patient_dice,
+    patient_means,
+    skill,
+)
+from medsynth.models.autoencoder import load_codec
+from medsynth.models.segmenter import load_segmenter, predict
+from medsynth.privacy.accounting import membership_bound
+from medsynth.privacy.ledger import Ledger
+from medsynth.randomness import derive_seed, generator
+from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.report_page import write_page
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+Network = Callable[[Tensor], Tensor]
+_READ = ("cohort", "autoencoder", "synthetic", "segmenter")
+_SSIM_PAIRS = 32
+_RECONSTRUCTED = 32  # records that show the codec's error
+_FALSE_ALARMS = 0.01
+# Pictures of real patients never leave the report folder for the tracking store.
+_TRACKED = ("dice.png", "synthetic.png", "memorisation.png", "volumes.png", "losses.png")
+
+
+def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+    """Write ``report.json``, ``report.html`` and their figures; everything in the folder is internal.
+
+    Args:
+        config: uses ``grid``, ``privacy.delta``, ``segment``, ``evaluate``, ``compute.device`` and ``seed``.
+        inputs: the finished folders ``cohort``, ``autoencoder``, ``synthetic`` and ``segmenter``, and ``ledger``.
+        out: folder to write.
+        tracker: gets the numbers, and those figures that show no real patient.
+
+    Raises:
+        InputError: the cohort has no test patient.
+    """
+    folders = stage_inputs(inputs, *_READ)
+    ledger = stage_inputs(inputs, "ledger")["ledger"]
+    with store.create(out, "evaluate", config_digest(config, "evaluate"), folders) as folder:
+        data = _load(config, folders)
+        report, series = _measure(config, data, folders, ledger)
+        _draw(config, data, report, series, folder.path)
+        text = json.dumps(_plain(report), indent=1, allow_nan=False)
+        (folder.path / "report.json").write_text(text + "\n", encoding="utf-8")
+        write_page(_plain(report), folder.path)
+        tracker.metrics(_tracked(report))
+        for name in _TRACKED:
+            if (folder.path / name).is_file():
+                tracker.figure(folder.path / name, f"evaluate/{name}")
+        return folder.finish("internal")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is compared; ``networks`` by regime and seed."""
+
+    train: list[Patient]
+    test: list[Patient]
+    images: Tensor
+    labels: Tensor
+    networks: dict[str, dict[int, Network]]
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Distributions that are drawn but not written as numbers."""
+
+    nearness: Nearness
+    volumes: dict[str, tuple[np.ndarray, np.ndarray]]
+    losses: dict[str, list[float]]
+
+
+def _load(config: Study, folders: Mapping[str, Path]) -> _Data:
+    train, test = (load_patients(folders["cohort"], config.grid, split) for split in ("train", "test"))
+    if not test:
+        raise InputError("the cohort has no test patient: raise ingest.test_fraction or add patients")
+    images, labels = load_pairs(folders["synthetic"], config.grid)
+    wanted = config.compute.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    networks: dict[str, dict[int, Network]] = {}
+    for regime in config.segment.regimes:
+        for seed in config.segment.seeds:
+            path = folders["segmenter"] / f"{regime}-{seed}.safetensors"
+            model = load_segmenter(config.grid, config.segment, path).to(device)
+            networks.setdefault(regime, {})[seed] = partial(predict, model)
+    return _Data(train, test, images, labels, networks)
+
+
+def _measure(config: Study, data: _Data, folders: Mapping[str, Path], ledger: Path) -> tuple[dict[str, Any], _Series]:
+    logs.say("evaluate", patients=len(data.test), pairs=len(data.images))
+    dice, floor = _dice(config, data)
+    near = nearness(_records(data.train), _records(data.test), data.images)
+    epsilon = Ledger(ledger).spent(config.privacy.delta) if config.privacy.private else math.inf
+    volumes = _volumes(config, data)
+    report = {
+        "study": config.name,
+        "unit": "patient",
+        "epsilon": epsilon,
+        "delta": config.privacy.delta,
+        "attack": {
+            "false_positive_rate": _FALSE_ALARMS,
+            "true_positive_rate_at_most": membership_bound(epsilon, config.privacy.delta, _FALSE_ALARMS),
+        },
+        "n_train_patients": len(data.train),
+        "n_pairs": len(data.images),
+        "dice": dice,
+        "floor": floor,
+        "relative_to_real": _relative(dice),
+        "agreement": _agreement(config, data),
+        "memorisation": {
+            "median_ratio": near.median_ratio,
+            "nearer_than_held_out_p5": near.nearer_than_held_out,
+            "synthetic_median": float(np.median(near.synthetic)),
+            "held_out_median": float(np.median(near.held_out)),
+        },
+        "fidelity": _fidelity(config, data),
+        "masks": {name: {"real": _summary(a), "synthetic": _summary(b)} for name, (a, b) in volumes.items()},
+        "reconstruction": _reconstruction(data, folders["autoencoder"]),
+    }
+    losses = json.loads((folders["segmenter"] / "training.json").read_text(encoding="utf-8"))["loss"]
+    return report, _Series(near, volumes, losses)
+
+
+def _dice(config: Study, data: _Data) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the Dice blocks by regime and the block of the image-blind floor."""
+    truth, classes = [patient.labels for patient in data.test], config.grid.classes
+    shape = mean_shape([patient.labels for patient in data.train], classes) if data.train else truth[0][0] * 0
+    floor = _block(config, {0: patient_dice(constant_prediction(shape, truth), truth, classes)}, "floor")
+    floor.pop("seeds")
+    blocks = {}
+    for regime, networks in data.networks.items():
+        tables = {
+            seed: patient_dice([network(patient.images) for patient in data.test], truth, classes)
+            for seed, network in networks.items()
+        }
+        blocks[regime] = _block(config, tables, regime)
+    if "real_only" in blocks:
+        real = blocks["real_only"]["mean"]
+        blocks = {name: {**block, "skill": skill(block["mean"], floor["mean"], real)} for name, block in blocks.items()}
+    return blocks, floor
+
+
+def _block(config: Study, tables: Mapping[int, np.ndarray], name: str) -> dict[str, Any]:
+    """Return mean, interval, labels and seeds of ``(patient, label)`` tables; seeds are averaged patient by patient."""
+    table = known_mean(np.stack(list(tables.values())), axis=0)
+    random = generator(config.seed, "evaluate", "bootstrap", name)
+    draws = config.evaluate.bootstrap
+    means = patient_means(table)
+    return {
+        **bootstrap(means, draws, random).to_json(),
+        "per_label": {
+            label: bootstrap(table[:, value - 1], draws, random).to_json()
+            for value, label in sorted(config.grid.labels.items())
+            if value > 0
+        },
+        "n_patients": int((~np.isnan(means)).sum()),
+        "seeds": {str(seed): float(known_mean(patient_means(one), axis=0)) for seed, one in tables.items()},
+    }
+
+
+def _relative(dice: Mapping[str, Any]) -> dict[str, float]:
+    real = dice["real_only"]["mean"] if "real_only" in dice else 0.0
+    return {name: block["mean"] / real for name, block in dice.items() if name != "real_only" and real > 0}
+
+
+def _agreement(config: Study, data: _Data) -> dict[str, Any] | None:
+    networks = list(data.networks.get("real_only", {}).values())
+    if not networks:
+        return None
+    count = config.evaluate.agreement_pairs
+    table = label_agreement(networks, data.images[:count], data.labels[:count], config.grid.classes)
+    block = _block(config, {0: table}, "agreement")
+    return {"mean": block["mean"], "ci95": block["ci95"], "per_label": block["per_label"], "n_pairs": len(table)}
+
+
+def _fidelity(config: Study, data: _Data) -> dict[str, float]:
+    """Return discrepancy and similarity, each with the same of real images as its yardstick."""
+    seed = derive_seed(config.seed, "evaluate", "fidelity")
+    train, test = _records(data.train), _records(data.test)
+    return {
+        "mmd_synthetic": discrepancy(train, data.images, seed),
+        "mmd_held_out": discrepancy(train, test, seed),
+        "ssim_within_synthetic": similarity_within(data.images, _SSIM_PAIRS, seed),
+        "ssim_within_real": similarity_within(train, _SSIM_PAIRS, seed),
+    }
+
+
+def _volumes(config: Study, data: _Data) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return each label's size in every real and every synthetic record (mm^dims, or pixels without a spacing)."""
+    voxel = math.prod(config.grid.spacing_mm or (1.0,))
+    real = torch.cat([patient.labels for patient in data.train])
+
+    def sizes(labels: Tensor, value: int) -> np.ndarray:
+        return np.asarray((labels == value).flatten(1).sum(dim=1).double().numpy() * voxel)
+
+    names = {value: name for value, name in sorted(config.grid.labels.items()) if value > 0}
+    return {name: (sizes(real, value), sizes(data.labels, value)) for value, name in names.items()}
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.percentile(values, [10, 50, 90])
+    return {"mean": float(values.mean()), "p10": float(low), "median": float(middle), "p90": float(high)}
+
+
+def _reconstruction(data: _Data, folder: Path) -> dict[str, float]:
+    """Return what the latent codec alone loses of real images in [-1, 1]."""
+    images = _records(data.test)[:_RECONSTRUCTED]
+    codec = load_codec(folder)
+    error = codec.decode(codec.encode(images)) - images
+    mse = max(float(error.square().mean()), 1e-12)
+    return {"mae": float(error.abs().mean()), "psnr_db": 10 * math.log10(4 / mse)}
+
+
+def _records(patients: list[Patient]) -> Tensor:
+    return torch.cat([patient.images for patient in patients])
+
+
+def _draw(config: Study, data: _Data, report: Mapping[str, Any], series: _Series, folder: Path) -> None:
+    count = config.evaluate.montage
+    real = [(p.images[len(p.images) // 2], p.labels[len(p.images) // 2]) for p in data.test[:count]]
+    synthetic = list(zip(data.images[:count], data.labels[:count], strict=True))
+    upright = config.grid.spacing_mm is not None
+    figures.montage({"real (held out)": real, "synthetic": synthetic}, folder / "montage.png", upright)
+    figures.montage({"synthetic": synthetic}, folder / "synthetic.png", upright)
+    figures.dice(report["dice"], report["floor"], folder / "dice.png")
+    figures.distances(series.nearness.synthetic, series.nearness.held_out, folder / "memorisation.png")
+    unit = f"mm{config.grid.spatial_dims}".replace("2", "²").replace("3", "³") if upright else "pixels"
+    figures.volumes(series.volumes, unit, folder / "volumes.png")
+    figures.losses(series.losses, folder / "losses.png")
+
+
+def _tracked(report: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
+    for regime, block in report["dice"].items():
+        values[f"dice/{regime}"] = block["mean"]
+        if block.get("skill") is not None:
+            values[f"skill/{regime}"] = block["skill"]
+        values.update({f"dice/{regime}/{label}": one["mean"] for label, one in block["per_label"].items()})
+    if report["agreement"]:
+        values["agreement"] = report["agreement"]["mean"]
+    values.update({f"relative_to_real/{name}": value for name, value in report["relative_to_real"].items()})
+    values.update({f"fidelity/{name}": value for name, value in report["fidelity"].items()})
+    values["memorisation/median_ratio"] = report["memorisation"]["median_ratio"]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values: infinity as the text "inf", NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf"
+    return value

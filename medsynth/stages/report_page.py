@@ -1,0 +1,225 @@
+"""The report as one self-contained HTML page: what was measured, and how to read it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+NAMES = {"real_only": "real only", "synthetic_only": "synthetic only", "mixed": "real + synthetic"}
+_NOT_LEARNT = 0.1  # skill below which Dice says nothing about images
+_COPY_RATIO, _COPY_SHARE = 0.7, 0.25  # nearness that asks for a look at the pictures
+_WEAK_AGREEMENT = 0.7  # of the Dice on real patients
+_FIGURES = (
+    ("montage.png", "Real and synthetic", "Held-out patients above, synthetic pairs below, with label contours."),
+    (
+        "dice.png",
+        "Dice on real patients",
+        "Mean and 95 % bootstrap interval over patients; dashed: a constant mean shape.",
+    ),
+    ("memorisation.png", "Nearest training image", "Synthetic images should be no nearer than other patients are."),
+    ("volumes.png", "Label sizes", "Every synthetic label map against every real one of the train patients."),
+    ("losses.png", "Training of the segmentation models", "Smoothed loss; a flat line is a failed training."),
+)
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>medsynth report: $study</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body{font:16px/1.55 system-ui,sans-serif;color:#1d2430;background:#f5f6f8;margin:0}
+main{max-width:960px;margin:0 auto;padding:32px 24px 64px}
+h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px}
+.internal{display:inline-block;background:#9b2226;color:#fff;border-radius:4px;padding:2px 10px;font-size:13px}
+.sub{color:#5a6372;margin:6px 0 20px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:20px 0}
+.card{background:#fff;border:1px solid #dde1e7;border-radius:8px;padding:14px 16px}
+.card b{display:block;font-size:25px;line-height:1.2}.card span{color:#5a6372;font-size:13px}
+ul{padding-left:20px}li{margin:7px 0}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;background:#fff;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:8px 12px;border-bottom:1px solid #e6e9ee}th{font-size:13px;color:#5a6372}
+td small{color:#5a6372}
+figure{background:#fff;border:1px solid #dde1e7;border-radius:8px;margin:0;padding:14px}
+figure img{max-width:100%;display:block;margin:0 auto}figcaption{color:#5a6372;font-size:14px;margin-top:8px}
+</style></head><body><main>
+<h1>$study</h1><span class="internal">INTERNAL: computed on patients, stays inside the hospital</span>
+<p class="sub">$subtitle</p>
+<div class="cards">$cards</div>
+<h2>How to read it</h2><ul>$reading</ul>
+<h2>Dice by training set</h2><div class="scroll">$dice</div>
+$figures
+<h2>Other measurements</h2><div class="scroll">$others</div>
+</main></body></html>
+""")
+
+
+def write_page(report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``report.html``; pictures are embedded, nothing is fetched.
+
+    Args:
+        report: what ``report.json`` holds.
+        folder: where the figures lie and the page goes.
+    """
+    patients = next(iter(report["dice"].values()))["n_patients"]
+    page = _PAGE.substitute(
+        study=escape(str(report["study"])),
+        subtitle=f"{patients} held-out patients, {report['n_train_patients']} train patients, "
+        f"{report['n_pairs']} synthetic pairs; the unit of every interval is the patient.",
+        cards="".join(_cards(report)),
+        reading="".join(f"<li>{escape(line)}</li>" for line in reading(report)),
+        dice=_dice_table(report),
+        figures="".join(_figure(folder / name, title, text) for name, title, text in _FIGURES),
+        others=_others(report),
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def reading(report: Mapping[str, Any]) -> list[str]:
+    """Return what the numbers mean, in plain sentences."""
+    lines = [*_read_dice(report), *_read_agreement(report), _read_memorisation(report["memorisation"])]
+    if report["epsilon"] == "inf":
+        lines.append("Training was not private: nothing of this study can be certified.")
+    else:
+        attack = report["attack"]
+        lines.append(
+            f"Privacy: epsilon {report['epsilon']:.2f} at delta {report['delta']:g} for a whole patient. Whoever "
+            f"accepts {attack['false_positive_rate']:.0%} false alarms recognises a patient as a member with a chance "
+            f"of at most {attack['true_positive_rate_at_most']:.1%}, whatever the method."
+        )
+    return lines
+
+
+def _read_dice(report: Mapping[str, Any]) -> list[str]:
+    dice, floor = report["dice"], report["floor"]["mean"]
+    lines = []
+    block = dice.get("synthetic_only")
+    if block and "synthetic_only" in report["relative_to_real"]:
+        share = report["relative_to_real"]["synthetic_only"]
+        lines.append(
+            f"A segmentation model trained on synthetic pairs alone reaches a Dice of {_number(block['mean'])} on "
+            f"real patients that no stage has seen: {share:.0%} of the {_number(dice['real_only']['mean'])} from real "
+            "training data."
+        )
+    if block and block.get("skill") is not None:
+        learnt = (
+            "so next to nothing was learnt from the synthetic images; the Dice comes from the shape alone."
+            if block["skill"] < _NOT_LEARNT
+            else f"so {block['skill']:.0%} of what real images teach beyond that is taught by the synthetic ones."
+        )
+        lines.append(f"One constant mean shape, without a look at any image, reaches {_number(floor)}, {learnt}")
+    elif block:
+        lines.append(
+            f"One constant mean shape reaches {_number(floor)} and real training data does not beat it: "
+            "the segmentation models are too weak to judge the synthetic pairs (more segment.steps)."
+        )
+    return lines + _read_mixed(dice)
+
+
+def _read_mixed(dice: Mapping[str, Any]) -> list[str]:
+    if not {"mixed", "real_only"} <= set(dice):
+        return []
+    mixed, real = dice["mixed"], dice["real_only"]
+    gain = mixed["mean"] - real["mean"]
+    low, high = real["ci95"]
+    inside = low <= mixed["mean"] <= high
+    effect = "no clear effect" if inside else ("a gain" if gain > 0 else "a loss")
+    return [f"Adding synthetic pairs to real training data changes the Dice by {gain:+.3f}: {effect}."]
+
+
+def _read_agreement(report: Mapping[str, Any]) -> list[str]:
+    agreement = report["agreement"]
+    if not agreement or agreement["mean"] is None:
+        return []
+    real = report["dice"]["real_only"]["mean"]
+    verdict = (
+        "images obey their label maps"
+        if agreement["mean"] >= _WEAK_AGREEMENT * real
+        else "images do not obey their label maps well"
+    )
+    return [
+        f"A model trained on real patients finds the label maps in the synthetic images with a Dice of "
+        f"{_number(agreement['mean'])} ({_number(real)} in real images): {verdict}."
+    ]
+
+
+def _read_memorisation(near: Mapping[str, Any]) -> str:
+    ratio, share = near["median_ratio"], near["nearer_than_held_out_p5"]
+    suspicious = ratio < _COPY_RATIO or share > _COPY_SHARE
+    verdict = "nearer than strangers are: look at the pictures for copies" if suspicious else "no sign of copies"
+    return (
+        f"The nearest training image of a synthetic one is {ratio:.2f} times as far as that of a held-out patient "
+        f"({share:.0%} are nearer than the nearest 5 % of patients): {verdict}. This is sanity, not privacy."
+    )
+
+
+def _cards(report: Mapping[str, Any]) -> list[str]:
+    dice = report["dice"]
+    values = [(_number(dice[name]["mean"]), f"Dice, {NAMES[name]}") for name in NAMES if name in dice]
+    values.append((_number(report["floor"]["mean"]), "Dice of a constant mean shape"))
+    epsilon = report["epsilon"]
+    values.append(("none" if epsilon == "inf" else f"ε {epsilon:.2f}", f"privacy per patient, δ {report['delta']:g}"))
+    return [f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in values]
+
+
+def _dice_table(report: Mapping[str, Any]) -> str:
+    labels = list(report["floor"]["per_label"])
+    rows = [_dice_row(NAMES[name], block, labels) for name, block in report["dice"].items()]
+    rows.append(_dice_row("constant mean shape (floor)", report["floor"], labels))
+    return _table(["trained on", "Dice", *labels, "skill", "by seed"], rows)
+
+
+def _dice_row(name: str, block: Mapping[str, Any], labels: list[str]) -> list[str]:
+    parts = [block, *(block["per_label"][label] for label in labels)]
+    cells = [
+        f"{_number(one['mean'])} <small>({_number(one['ci95'][0])} to {_number(one['ci95'][1])})</small>"
+        for one in parts
+    ]
+    seeds = ", ".join(_number(value) for value in block.get("seeds", {}).values())
+    return [escape(name), *cells, _number(block.get("skill"), 2), seeds or "-"]
+
+
+def _others(report: Mapping[str, Any]) -> str:
+    fidelity, codec = report["fidelity"], report["reconstruction"]
+    rows = [
+        [
+            "Discrepancy of the image crowds (MMD²)",
+            _number(fidelity["mmd_synthetic"], 4),
+            f"{_number(fidelity['mmd_held_out'], 4)} for held-out patients",
+        ],
+        [
+            "Similarity among images (SSIM)",
+            _number(fidelity["ssim_within_synthetic"]),
+            f"{_number(fidelity['ssim_within_real'])} among real ones; higher means less variety",
+        ],
+        [
+            "Latent codec on patients, PSNR",
+            f"{codec['psnr_db']:.1f} dB",
+            f"mean error {codec['mae']:.4f} of a range of 2",
+        ],
+    ]
+    for name, sizes in report["masks"].items():
+        real, synthetic = sizes["real"], sizes["synthetic"]
+        rows.append(
+            [f"Median size of {escape(name)}", f"{synthetic['median']:.0f}", f"{real['median']:.0f} in real patients"]
+        )
+    return _table(["measurement", "synthetic", "yardstick"], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _figure(path: Path, title: str, text: str) -> str:
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    picture = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+    return f"<h2>{escape(title)}</h2><figure>{picture}<figcaption>{escape(text)}</figcaption></figure>"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,131 @@
+"""Stage evaluate: the report is complete, honest at its edges, and shows no patient outside its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_segment import folders, study  # the same tiny cohort
+
+from medsynth import store
+from medsynth.config import Study
+from medsynth.errors import InputError
+from medsynth.models.autoencoder import build_codec, save_codec
+from medsynth.privacy.accounting import Event
+from medsynth.privacy.ledger import Ledger
+from medsynth.stages import evaluate, report_page, segment
+from medsynth.tracking import Tracker
+
+EVALUATE = {"bootstrap": 50, "montage": 2, "agreement_pairs": 3}
+
+
+class Recorder(Tracker):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.figures: set[str] = set()
+
+    def metrics(self, values: Any, step: int | None = None) -> None:
+        self.values.update(values)
+
+    def figure(self, path: Path, name: str) -> None:
+        self.figures.add(name)
+
+
+def _inputs(small: Study, root: Path, **counts: int) -> dict[str, Path]:
+    inputs = folders(small, root, **counts)
+    segment.run(small, inputs, root / "segmenter", Tracker())
+    with store.create(root / "autoencoder", "encode", "0" * 64) as folder:
+        save_codec(build_codec(small.grid, small.encode), small.grid, small.encode, folder.path)
+        folder.finish("public")
+    Ledger(root / "ledger.jsonl").reserve(
+        "masks",
+        [Event("gaussian", 4.0)],
+        epsilon=8.0,
+        delta=small.privacy.delta,
+        noise_source="test_only",
+        config_digest="0" * 64,
+        parents={},
+        denominators={"mean": 16.0},
+    )
+    names = ("segmenter", "autoencoder")
+    return {**inputs, **{name: root / name for name in names}, "ledger": root / "ledger.jsonl"}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, Study]:
+    """An evaluated tiny study."""
+    root = tmp_path_factory.mktemp("run")
+    small = study(request.param, evaluate=EVALUATE, segment={"channels": [4, 8], "steps": 60, "batch_size": 4})
+    recorder = Recorder()
+    manifest = evaluate.run(small, _inputs(small, root, train=6, test=3, pairs=5), root / "report", recorder)
+    assert manifest.sensitivity == "internal"
+    return root / "report", recorder, small
+
+
+def test_the_report_holds_what_was_promised(finished: tuple[Path, Recorder, Study]) -> None:
+    report = json.loads((finished[0] / "report.json").read_text())
+    assert set(report["dice"]) == {"real_only", "synthetic_only", "mixed"} and report["unit"] == "patient"
+    for block in [*report["dice"].values(), report["floor"]]:
+        assert block["ci95"][0] <= block["mean"] <= block["ci95"][1] and block["n_patients"] == 3
+        assert set(block["per_label"]) == {"organ"} and block["per_label"]["organ"]["mean"] == block["mean"]
+    assert report["dice"]["real_only"]["seeds"]["0"] == pytest.approx(report["dice"]["real_only"]["mean"])
+    assert 0 < report["epsilon"] < 8 and report["delta"] == 1e-4
+    assert report["agreement"]["n_pairs"] == 3 and report["reconstruction"]["psnr_db"] > 60
+    real = report["dice"]["real_only"]["mean"]
+    expected = report["dice"]["synthetic_only"]["mean"] / real
+    assert report["relative_to_real"]["synthetic_only"] == pytest.approx(expected)
+
+
+def test_the_page_is_self_contained_and_names_no_patient(finished: tuple[Path, Recorder, Study]) -> None:
+    page = (finished[0] / "report.html").read_text()
+    assert "INTERNAL" in page and page.count("data:image/png;base64,") == 5
+    for text in [page, (finished[0] / "report.json").read_text()]:
+        assert "http" not in text and "patient-" not in text and "case-" not in text and str(finished[0]) not in text
+
+
+def test_no_picture_of_a_patient_reaches_the_tracker(finished: tuple[Path, Recorder, Study]) -> None:
+    _, recorder, _ = finished
+    names = {"dice", "synthetic", "memorisation", "volumes", "losses"}
+    assert recorder.figures == {f"evaluate/{name}.png" for name in names}
+    assert {"dice/real_only", "dice/mixed/organ", "floor", "agreement", "epsilon"} <= set(recorder.values)
+
+
+def test_a_study_without_privacy_says_so(tmp_path: Path) -> None:
+    sections = {"name": "tiny-nonprivate", "privacy": {"epsilon": "inf", "declared_patients": 16}}
+    tiny = {"channels": [4, 8], "steps": 1, "batch_size": 1, "regimes": ["synthetic_only"]}
+    small = study(2, evaluate=EVALUATE, segment=tiny, **sections)
+    evaluate.run(small, _inputs(small, tmp_path), tmp_path / "report", Tracker())
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["epsilon"] == "inf" and report["agreement"] is None and report["relative_to_real"] == {}
+    assert "not private" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_cohort_without_test_patients_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    small = study(2, evaluate=EVALUATE, segment={"channels": [4, 8], "steps": 1, "batch_size": 1})
+    with pytest.raises(InputError, match="no test patient"):
+        evaluate.run(small, _inputs(small, tmp_path, test=0), tmp_path / "report", Tracker())
+    assert not list(tmp_path.glob("*report*"))
+
+
+def test_a_dice_at_the_floor_is_called_what_it_is() -> None:
+    block: dict[str, Any] = {"mean": 0.69, "ci95": [0.6, 0.7], "skill": 0.03, "n_patients": 3}
+    report = {
+        "dice": {"synthetic_only": block, "real_only": {**block, "mean": 0.86, "skill": 1.0}},
+        "floor": {"mean": 0.68},
+        "relative_to_real": {"synthetic_only": 0.8},
+        "agreement": {"mean": 0.2},
+        "memorisation": {"median_ratio": 0.3, "nearer_than_held_out_p5": 0.9},
+        "epsilon": "inf",
+    }
+    text = " ".join(report_page.reading(report))
+    assert "next to nothing was learnt" in text and "do not obey" in text and "look at the pictures" in text
+
+
+def test_numbers_that_json_cannot_hold_are_translated() -> None:
+    assert evaluate._plain({"a": float("inf"), "b": [float("nan"), 1.0]}) == {"a": "inf", "b": [None, 1.0]}
+    assert torch.isfinite(torch.tensor(evaluate._plain(1.5)))

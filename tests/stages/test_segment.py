@@ -1,0 +1,167 @@
+"""Stage segment: the same recipe for each regime, repeatable, and clear when it fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medsynth import config, store
+from medsynth.config import Study
+from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
+from medsynth.imaging.cohort import Pair, write_case, write_pair
+from medsynth.models import segmenter
+from medsynth.stages import segment
+from medsynth.tracking import Tracker
+
+
+def study(rank: int, **sections: Any) -> Study:
+    """Return a study whose networks train in a second."""
+    shape = [16] * rank if rank == 2 else [8] * rank
+    raw = {
+        "name": "tiny",
+        "grid": {"spatial_dims": rank, "shape": shape, "spacing_mm": [1] * rank, "labels": {0: "none", 1: "organ"}},
+        "privacy": {"epsilon": 8, "delta": 1e-4, "declared_patients": 16, "entropy": "test_only"},
+        "encode": {"levels": 1},
+        "masks": {"coefficients": [2] * rank},
+        "train": {"appearance": {"coefficients": [2] * rank}},
+        "segment": {"channels": [4, 8], "steps": 12, "batch_size": 2},
+        "compute": {"device": "cpu", "workers": 1},
+    }
+    return config.parse({**raw, **sections})
+
+
+def folders(study: Study, root: Path, train: int = 4, test: int = 2, pairs: int = 4) -> dict[str, Path]:
+    """Write a cohort and synthetic pairs of bright squares (cubes) and return the finished folders."""
+    grid, random = study.grid, torch.Generator().manual_seed(0)
+
+    def example() -> tuple[torch.Tensor, torch.Tensor]:
+        label = torch.zeros(grid.shape, dtype=torch.uint8)
+        label[tuple(slice(at, at + 4) for at in torch.randint(1, 4, (len(grid.shape),), generator=random).tolist())] = 1
+        return (label.float() - 0.5 + 0.1 * torch.randn(grid.shape, generator=random)).clamp(-1, 1)[None], label
+
+    with store.create(root / "cohort", "ingest", "0" * 64) as folder:
+        with (folder.path / "cases.csv").open("w", newline="") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["case_id", "patient_id", "split", "source", "records", "labelled"])
+            for number in range(train + test):
+                image, label = example()
+                write_case(folder.path, f"case-{number}", image[None], label[None], grid)
+                split = "train" if number < train else "test"
+                writer.writerow([f"case-{number}", f"patient-{number}", split, "nifti", 1, "true"])
+        folder.finish("private")
+    with store.create(root / "synthetic", "synthesise", "0" * 64) as folder:
+        for number in range(pairs):
+            image, label = example()
+            write_pair(folder.path, Pair(f"pair-{number}", image.numpy(), label.numpy()), grid)
+        folder.finish("released")
+    return {"cohort": root / "cohort", "synthetic": root / "synthetic"}
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_network_for_each_regime_and_seed(rank: int, tmp_path: Path) -> None:
+    small = study(rank, segment={"channels": [4, 8], "steps": 3, "batch_size": 2, "seeds": [0, 1]})
+    manifest = segment.run(small, folders(small, tmp_path), tmp_path / "segmenter", Tracker())
+    names = {f"{regime}-{seed}" for regime in small.segment.regimes for seed in (0, 1)}
+    assert set(manifest.files) == {f"{name}.safetensors" for name in names} | {"training.json"}
+    assert manifest.sensitivity == "internal" and set(manifest.parents) == {"cohort", "synthetic"}
+    losses = json.loads((tmp_path / "segmenter" / "training.json").read_text())["loss"]
+    assert {name: len(series) for name, series in losses.items()} == dict.fromkeys(names, 3)
+
+
+def test_training_learns_and_is_repeatable(tmp_path: Path) -> None:
+    small = study(2, segment={"channels": [4, 8], "steps": 200, "batch_size": 4, "regimes": ["synthetic_only"]})
+    inputs = folders(small, tmp_path)
+    first, second = (segment.run(small, inputs, tmp_path / name, Tracker()) for name in ("one", "two"))
+    assert first.files == second.files
+    series = json.loads((tmp_path / "one" / "training.json").read_text())["loss"]["synthetic_only-0"]
+    assert sum(series[-10:]) < 0.6 * sum(series[:10])
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_networks_as_one_process(tmp_path: Path) -> None:
+    alone, together = (study(2, compute={"device": "cpu", "workers": workers}) for workers in (1, 2))
+    inputs = folders(alone, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        first = segment.run(alone, inputs, tmp_path / "one", Tracker())
+    finally:
+        torch.set_num_threads(threads)
+    assert segment.run(together, inputs, tmp_path / "two", Tracker()).files == first.files
+
+
+def test_synthetic_only_reads_no_patient_and_the_tracker_gets_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("patients were read")
+
+    class Recorder(Tracker):
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def metrics(self, values: Any, step: int | None = None) -> None:
+            self.names.update(values)
+
+    small = study(2, segment={"channels": [4, 8], "steps": 2, "batch_size": 2, "regimes": ["synthetic_only"]})
+    inputs = folders(small, tmp_path)
+    monkeypatch.setattr(segment, "load_patients", refuse)
+    recorder = Recorder()
+    segment.run(small, inputs, tmp_path / "segmenter", recorder)
+    assert recorder.names == {"loss/synthetic_only-0"}
+
+
+def test_a_cohort_without_train_patients_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    small = study(2)
+    with pytest.raises(InputError, match="no train patient"):
+        segment.run(small, folders(small, tmp_path, train=0), tmp_path / "segmenter", Tracker())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cohort", "synthetic"]
+
+
+def test_a_failed_training_names_regime_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("boom")
+
+    small = study(2)
+    inputs = folders(small, tmp_path)
+    monkeypatch.setattr(segment, "_train", fail)
+    with pytest.raises(MedsynthError, match=r"real_only-0.*ValueError: boom"):
+        segment.run(small, inputs, tmp_path / "segmenter", Tracker())
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_augmentation_keeps_images_and_labels_together(rank: int) -> None:
+    labels = torch.zeros(8, *[24] * rank, dtype=torch.uint8)
+    labels[(slice(None), *[slice(8, 16)] * rank)] = 1
+    images = 2 * labels[:, None].float() - 1
+    moved, maps = segment._augment(images, labels, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape and maps.dtype == torch.uint8 and not torch.equal(maps, labels)
+    inside, outside = moved[:, 0][maps == 1].mean(), moved[:, 0][maps == 0].mean()
+    assert inside > 0.5 and outside < -0.5
+
+
+def test_every_patient_is_as_likely_whatever_its_records() -> None:
+    pool = {
+        "images": torch.arange(10.0),
+        "labels": torch.zeros(10),
+        "starts": torch.tensor([0, 9]),
+        "ends": torch.tensor([9, 10]),
+    }
+    random = torch.Generator().manual_seed(0)
+    lonely = sum(float(segment._draw([pool], random)[0]) == 9 for _ in range(400))
+    assert 150 < lonely < 250
+
+
+def test_weights_of_another_architecture_and_too_deep_networks_are_refused(tmp_path: Path) -> None:
+    small = study(2)
+    segmenter.save_segmenter(segmenter.build_segmenter(small.grid, small.segment), tmp_path / "net.safetensors")
+    other = small.segment.model_copy(update={"channels": (4, 12)})
+    with pytest.raises(StoreError, match="run the stage segment again"):
+        segmenter.load_segmenter(small.grid, other, tmp_path / "net.safetensors")
+    with pytest.raises(ConfigError, match="divide by 32"):
+        segmenter.build_segmenter(small.grid, small.segment.model_copy(update={"channels": (2,) * 6}))
