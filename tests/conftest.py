@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ipaddress
 import os
 import socket
@@ -64,6 +65,12 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real cohorts here: set MEDSYNTH_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, Any]:
+    """The settings of `tiny_study`, to be changed by a copy."""
+    return copy.deepcopy(TINY)
 
 
 @pytest.fixture
