@@ -308,6 +308,8 @@ class Study(Section):
             raise ValueError("train.attention_levels needs one entry a level of train.channels")
         if any(width % self.train.norm_groups for width in self.train.channels):
             raise ValueError("train.channels must divide by train.norm_groups")
+        if self.train.channels[-1] % self.train.head_channels:
+            raise ValueError("the last of train.channels must divide by train.head_channels (attention is there)")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":
