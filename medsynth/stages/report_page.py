@@ -33,14 +33,14 @@ main{max-width:960px;margin:0 auto;padding:32px 24px 64px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px}
 .internal{display:inline-block;background:#9b2226;color:#fff;border-radius:4px;padding:2px 10px;font-size:13px}
 .sub{color:#5a6372;margin:6px 0 20px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:20px 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px;margin:20px 0}
 .card{background:#fff;border:1px solid #dde1e7;border-radius:8px;padding:14px 16px}
 .card b{display:block;font-size:25px;line-height:1.2}.card span{color:#5a6372;font-size:13px}
 ul{padding-left:20px}li{margin:7px 0}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;background:#fff;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:8px 12px;border-bottom:1px solid #e6e9ee}th{font-size:13px;color:#5a6372}
-td small{color:#5a6372}
+td small{color:#5a6372;display:block;white-space:nowrap}td{vertical-align:top}
 figure{background:#fff;border:1px solid #dde1e7;border-radius:8px;margin:0;padding:14px}
 figure img{max-width:100%;display:block;margin:0 auto}figcaption{color:#5a6372;font-size:14px;margin-top:8px}
 </style></head><body><main>
@@ -104,11 +104,11 @@ def _read_dice(report: Mapping[str, Any]) -> list[str]:
         )
     if block and block.get("skill") is not None:
         learnt = (
-            "so next to nothing was learnt from the synthetic images; the Dice comes from the shape alone."
+            "next to nothing was learnt from the synthetic images; their Dice comes from the shape alone."
             if block["skill"] < _NOT_LEARNT
-            else f"so {block['skill']:.0%} of what real images teach beyond that is taught by the synthetic ones."
+            else f"of what real images teach beyond that, the synthetic ones teach {block['skill']:.0%} (the skill)."
         )
-        lines.append(f"One constant mean shape, without a look at any image, reaches {_number(floor)}, {learnt}")
+        lines.append(f"One constant mean shape, without a look at any image, reaches {_number(floor)}: {learnt}")
     elif block:
         lines.append(
             f"One constant mean shape reaches {_number(floor)} and real training data does not beat it: "
