@@ -196,7 +196,6 @@ class Train(Section):
     head_channels: Count = 32
     noise_steps: Count = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "squaredcos_cap_v2"
-    prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     mask_dropout: Fraction = Field(0.1, description="rate of dropped masks, for classifier-free guidance")
     ema_decay: Fraction = 0.999
     pretrain_steps: Annotated[int, Field(ge=0)] = 0

@@ -8,9 +8,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from medsynth.diffusion.objective import row_loss, training_schedule
-from medsynth.diffusion.objective import noise_rows as draw_rows
 from medsynth.config import Train
+from medsynth.diffusion.objective import noise_rows, row_loss
+from medsynth.models.denoiser import Denoiser
 
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 """Return one batch: clean latents and encoded label maps."""
@@ -19,6 +19,7 @@ Report = Callable[[int, float], None]
 """Receive the step and the loss."""
 
 _GRADIENT_BOUND = 1.0
+_WARM_UP = 0.15  # share of the steps in which the rate rises
 
 
 def open_ema(model: nn.Module, decay: float) -> EMAModel:
@@ -28,7 +29,7 @@ def open_ema(model: nn.Module, decay: float) -> EMAModel:
 
 
 def fit(
-    model: nn.Module,
+    model: Denoiser,
     draw: Draw,
     steps: Iterable[int],
     total: int,
@@ -49,15 +50,14 @@ def fit(
         generator: randomness of batches, noise levels and noise.
         report: called at every step.
     """
-    schedule = training_schedule(settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.1)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(total, 2), pct_start=_WARM_UP)
     ema = open_ema(model, settings.ema_decay)
     model.train()
     for step in steps:
         latents, masks = draw(generator)
-        batch = draw_rows(latents, masks, schedule, settings.mask_dropout, generator)
+        batch = noise_rows(latents, masks, model.preconditioning, settings.mask_dropout, generator)
         loss = row_loss(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()

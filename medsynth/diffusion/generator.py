@@ -14,11 +14,12 @@ from torch import Tensor
 
 from medsynth.config import Grid, Synthesise, Train
 from medsynth.diffusion.conditioning import MaskEncoder
+from medsynth.diffusion.objective import training_schedule
 from medsynth.diffusion.sampling import sample_latents
 from medsynth.errors import StoreError
 from medsynth.models.adapters import add_adapters
 from medsynth.models.autoencoder import Codec, load_codec
-from medsynth.models.denoiser import Denoiser
+from medsynth.models.denoiser import Denoiser, Preconditioning
 
 WEIGHTS = "denoiser.safetensors"
 SETTINGS = "generator.json"
@@ -64,7 +65,9 @@ class Generator:
 def build_generator(grid: Grid, settings: Train, codec: Codec) -> Generator:
     """Return a generator whose denoiser has fresh weights (no adapters yet)."""
     masks = MaskEncoder(grid.spatial_dims, grid.classes, codec.factor.bit_length() - 1)
-    denoiser = Denoiser(grid.spatial_dims, codec.channels, masks.channels, settings)
+    signal = training_schedule(settings).alphas_cumprod.sqrt()
+    preconditioning = Preconditioning(signal, codec.spread.tolist(), grid.spatial_dims)
+    denoiser = Denoiser(preconditioning, codec.channels, masks.channels, grid.spatial_dims, settings)
     return Generator(denoiser, codec, masks, settings)
 
 

@@ -1,29 +1,30 @@
-"""The training objective: one noise level a row, the denoiser's target, the squared error a row."""
+"""The training objective: one noise level a row, the velocity as target, the weighted squared error a row."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
     from medsynth.config import Train
+    from medsynth.models.denoiser import Preconditioning
 
 Batch = dict[str, Tensor]
 
 
 def training_schedule(settings: Train) -> DDPMScheduler:
-    """Return the forward process (Ho et al. 2020, eq. 4) with the configured noise schedule and prediction type."""
+    """Return the forward process (Ho et al. 2020, eq. 4) with the configured noise schedule."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
         num_train_timesteps=settings.noise_steps,
         beta_schedule=settings.beta_schedule,
-        prediction_type=settings.prediction,
+        prediction_type="v_prediction",
         clip_sample=False,
     )
 
@@ -31,7 +32,7 @@ def training_schedule(settings: Train) -> DDPMScheduler:
 def noise_rows(
     latents: Float[Tensor, "row latent *small"],
     masks: Float[Tensor, "row mask *small"],
-    schedule: DDPMScheduler,
+    preconditioning: Preconditioning,
     mask_dropout: float,
     generator: torch.Generator,
 ) -> Batch:
@@ -40,32 +41,28 @@ def noise_rows(
     Args:
         latents: clean latents.
         masks: encoded label maps.
-        schedule: the forward process.
+        preconditioning: noise schedule and channel spreads.
         mask_dropout: rate at which a row's mask is replaced by zeros (Ho and Salimans 2022).
         generator: source of steps, noise and dropped masks (not privacy noise).
     """
-    rows = len(latents)
-    device = latents.device
-    count = int(schedule.config["num_train_timesteps"])
-    steps = torch.randint(0, count, (rows,), generator=generator).to(device)
+    rows, device = len(latents), latents.device
+    steps = torch.randint(0, len(preconditioning.signal), (rows,), generator=generator).to(device)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     kept = (torch.rand(rows, generator=generator) >= mask_dropout).to(device)
-    noisy = schedule.add_noise(latents, noise, cast(torch.IntTensor, steps))
-    target = _target(schedule, latents, noise, steps)
-    shape = (rows, *(1,) * (masks.ndim - 1))
-    return {"noisy": noisy, "steps": steps, "mask": masks * kept.view(shape), "target": target}
+    ones = (rows, *(1,) * (latents.ndim - 1))
+    signal = preconditioning.signal.to(device)[steps].view(ones)
+    sigma = (1 - signal.square()).sqrt()
+    return {
+        "noisy": signal * latents + sigma * noise,
+        "steps": steps,
+        "mask": masks * kept.view(ones),
+        "target": signal * noise - sigma * latents,
+        "scale": preconditioning.error_scale(steps.to(preconditioning.signal.device)).to(device),
+    }
 
 
 def row_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " row"]:
-    """Return the mean squared error of each row (Ho et al. 2020, eq. 14; Salimans and Ho 2022 for velocity)."""
+    """Return the weighted mean squared error of each row's velocity (Salimans and Ho 2022, eq. 6 and appendix D)."""
     prediction = model(batch["noisy"], batch["steps"], batch["mask"])
-    return cast(Tensor, (prediction - batch["target"]).square().flatten(1).mean(1))
-
-
-def _target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, steps: Int[Tensor, " row"]) -> Tensor:
-    kind = schedule.config["prediction_type"]
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return latents
-    return cast(Tensor, schedule.get_velocity(latents, noise, cast(torch.IntTensor, steps)))
+    error = (prediction - batch["target"]) * batch["scale"]
+    return cast(Tensor, error.square().flatten(1).mean(1))

@@ -25,7 +25,7 @@ def sampling_schedule(name: Scheduler, settings: Train) -> Any:
     forward = {
         "num_train_timesteps": settings.noise_steps,
         "beta_schedule": settings.beta_schedule,
-        "prediction_type": settings.prediction,
+        "prediction_type": "v_prediction",
     }
     # Steps are spaced so that sampling starts from pure noise (Lin et al. 2024, section 3.3).
     trailing = {**forward, "timestep_spacing": "trailing"}

@@ -1,8 +1,8 @@
 """The latent codec: a fixed orthonormal wavelet or a KL autoencoder, behind one interface for any rank.
 
 Three spaces are told apart: *images* ``(batch, channel, *spatial)`` in [-1, 1]; *raw latents*, what the transform or
-the encoder gives; *latents*, raw latents brought to about zero mean and unit spread a channel by public constants
-that were measured on public phantoms.
+the encoder gives; *latents*, raw latents brought to zero mean and a known spread a channel (unit on average) by public
+constants that were measured on public phantoms.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Codec(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    spread: Tensor
 
     def __init__(self, transform: nn.Module, channels: int, factor: int, spatial_dims: int) -> None:
         super().__init__()
@@ -87,6 +88,7 @@ class Codec(nn.Module):
         self.factor = factor
         self.register_buffer("mean", torch.zeros(1, channels, *(1,) * spatial_dims))
         self.register_buffer("scale", torch.ones(1, channels, *(1,) * spatial_dims))
+        self.register_buffer("spread", torch.ones(channels))
 
     def raw(self, images: Float[Tensor, "batch channel *spatial"]) -> Float[Tensor, "batch latent *small"]:
         """Return raw latents (the mean of the posterior for a KL autoencoder)."""
@@ -112,7 +114,10 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, phantoms: Float[Tensor, "batch channel *spatial"]) -> None:
-        """Set the public constants that bring raw latents to zero mean and unit spread a channel.
+        """Set the public constants that bring raw latents to zero mean and a known spread a channel.
+
+        The spread is the square root of the raw one (unit on average): coarse bands keep a lead over fine ones, so
+        that sampling settles the coarse image first, without a range that no noise schedule covers.
 
         Args:
             phantoms: public images only; patients here would leak (privacy pitfall 11).
@@ -120,9 +125,12 @@ class Codec(nn.Module):
         raw = torch.cat([self.raw(chunk) for chunk in phantoms.split(_CHUNK)])
         axes = [0, *range(2, raw.ndim)]
         self.mean.copy_(raw.mean(axes, keepdim=True))
-        spread = raw.std(axes, keepdim=True)
+        raw_spread = raw.std(axes, keepdim=True)
         # A band that phantoms hardly fill would blow up whatever patients have there.
-        self.scale.copy_(spread.clamp(min=0.02 * float(spread.max())))
+        raw_spread = raw_spread.clamp(min=0.02 * float(raw_spread.max()))
+        spread = raw_spread.sqrt() / raw_spread.mean().sqrt()
+        self.scale.copy_(raw_spread / spread)
+        self.spread.copy_(spread.flatten())
 
 
 def build_codec(grid: Grid, encode: Encode) -> Codec:

@@ -24,10 +24,11 @@ from medsynth.config import Study
 from medsynth.devices import open_device
 from medsynth.diffusion.fitting import Draw, fit, open_ema
 from medsynth.diffusion.generator import WEIGHTS, Generator, build_generator, save_generator
-from medsynth.diffusion.objective import Batch, noise_rows, row_loss, training_schedule
+from medsynth.diffusion.objective import Batch, noise_rows, row_loss
 from medsynth.models.adapters import add_adapters, select_trainable
 from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
 from medsynth.models.autoencoder import load_codec
+from medsynth.models.denoiser import Preconditioning
 from medsynth.randomness import derive_seed, generator
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.masks import load_masks
@@ -336,12 +337,10 @@ def _private_steps(
     _restore(job, model, optimizer, ema)
     encoded = _encode_patients(job, built)
     curve = _epsilon_curve(job, mechanism)
-    schedule = training_schedule(settings)
-    for step in logs.progress(range(journal.next_step, settings.steps), "training under privacy"):
-        if step == journal.next_step:
-            journal.claim(step, _CLAIM)
+    steps = journal.claimed_steps(_CLAIM)
+    for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
         units = [
-            _unit_batch(job, schedule, *encoded[index], step) for index in mechanism.draw(len(encoded), entropy)
+            _unit_batch(job, model.preconditioning, *encoded[index], step) for index in mechanism.draw(len(encoded), entropy)
         ]
         total = backend.clipped_sum(units)
         noisy = mechanism.noisy_mean(total.tensors, entropy)
@@ -358,12 +357,14 @@ def _private_steps(
     ema.copy_to(parameters)
 
 
-def _unit_batch(job: _Run, schedule: Any, patient_id: str, latents: Tensor, masks: Tensor, step: int) -> Batch:
+def _unit_batch(
+    job: _Run, preconditioning: Preconditioning, patient_id: str, latents: Tensor, masks: Tensor, step: int
+) -> Batch:
     """Return one patient's rows of one step: a function of the patient and public seeds, of nobody else."""
     settings = job.config.train
     stream = torch.Generator().manual_seed(job.seed("rows", step, patient_id))
     rows = torch.randperm(len(latents), generator=stream)[: settings.max_records].repeat(settings.draws)
-    batch = noise_rows(latents[rows], masks[rows], schedule, settings.mask_dropout, stream)
+    batch = noise_rows(latents[rows], masks[rows], preconditioning, settings.mask_dropout, stream)
     return {name: value.to(job.device) for name, value in batch.items()}
 
 
@@ -372,12 +373,11 @@ def _public_batches(job: _Run, built: Generator) -> list[Batch]:
 
     seed = derive_seed(job.config.encode.phantoms.seed, "train", "preflight")
     images, labels = phantom_pairs(job.config.grid, max(_PREFLIGHT_UNITS, 8), seed)
-    schedule = training_schedule(job.config.train)
     batches = []
     for index in range(len(images)):
         latents = built.codec.encode(torch.from_numpy(images[index : index + 1]).to(job.device)).cpu()
         masks = built.masks(torch.from_numpy(labels[index : index + 1]).to(job.device)).cpu()
-        batches.append(_unit_batch(job, schedule, f"phantom-{index}", latents, masks, 0))
+        batches.append(_unit_batch(job, built.denoiser.preconditioning, f"phantom-{index}", latents, masks, 0))
     return batches
 
 
