@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medsynth.errors import MedsynthError
+from medsynth.errors import MedsynthError, VerificationError
+
+if TYPE_CHECKING:
+    from medsynth.config import Study
 
 app = typer.Typer(
     name="medsynth",
@@ -25,7 +28,9 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 
 Config = Annotated[Path, typer.Argument(help="the study, a YAML file", metavar="CONFIG")]
-Source = Annotated[Path | None, typer.Option("--input", help="the hospital's folder: DICOM, MSD, nnU-Net or image pairs")]
+Source = Annotated[
+    Path | None, typer.Option("--input", help="the hospital's folder: DICOM, MSD, nnU-Net or image pairs")
+]
 Run = Annotated[Path, typer.Option("--out", help="the run folder; stage folders are made in it")]
 Replace = Annotated[bool, typer.Option("--replace", help="make finished stages again whose settings changed")]
 Override = Annotated[
@@ -48,7 +53,9 @@ def run(config: Config, out: Run, source: Source = None, replace: Replace = Fals
 
 
 def _stage_command(verb: str, what: str) -> None:
-    def command(config: Config, out: Run, source: Source = None, replace: Replace = False, override: Override = None) -> None:
+    def command(
+        config: Config, out: Run, source: Source = None, replace: Replace = False, override: Override = None
+    ) -> None:
         from medsynth.study import run_verb
 
         run_verb(_load(config, override), verb, source, out, replace=replace)
@@ -74,7 +81,9 @@ for _verb, _what in (
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Option("--out", help="a new folder")],
-    patients: Annotated[int, typer.Option("--patients", min=2, help="usable patients; six broken cases come on top")] = 40,
+    patients: Annotated[
+        int, typer.Option("--patients", min=2, help="usable patients; six broken cases come on top")
+    ] = 40,
     seed: Annotated[int, typer.Option("--seed", help="the same seed gives the same voxels")] = 0,
 ) -> None:
     """Write a phantom hospital: DICOM series with SEG, NIfTI, several scans a patient, a few broken cases.
@@ -93,7 +102,9 @@ def phantom(
 @app.command()
 def verify(
     release: Annotated[Path, typer.Argument(help="the release folder")],
-    key: Annotated[Path | None, typer.Option("--key", help="the hospital's public key, received by another way")] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="the hospital's public key, received by another way")
+    ] = None,
 ) -> None:
     """Check a release offline: signature, every digest, the ledger's chain, epsilon computed again.
 
@@ -103,7 +114,8 @@ def verify(
 
     report = check(release, key)
     print("\n".join(report.lines()))
-    report.require()
+    if not report.ok:
+        raise typer.Exit(VerificationError.exit_code)
 
 
 @app.command()
@@ -115,7 +127,7 @@ def quarantine(
 
     Example: medsynth quarantine RUN --input HOSPITAL
     """
-    from medsynth.stages.ingest import explain
+    from medsynth.imaging.deidentify import explain
 
     for reference, path in explain(run_folder / "cohort", source).items():
         print(f"{reference}  {path}")
@@ -132,24 +144,10 @@ def config_show(config: Config, override: Override = None) -> None:
     print(dump(_load(config, override)), end="")
 
 
-def _load(path: Path, override: list[str] | None) -> Any:
+def _load(path: Path, override: list[str] | None) -> Study:
     from medsynth import config
 
-    return config.load(path, _overrides(override or []))
-
-
-def _overrides(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    from medsynth.errors import ConfigError
-
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes name=value, got '{pair}'")
-        values[name] = yaml.safe_load(text)
-    return values
+    return config.load(path, config.parse_overrides(override or []))
 
 
 def main() -> None:

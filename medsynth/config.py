@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -350,6 +351,24 @@ def parse(raw: dict[str, Any], name: str = "configuration") -> Study:
         raise ConfigError("\n".join([f"'{name}' has {len(lines)} problem(s):", *lines])) from None
 
 
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return values by dotted path from texts such as ``privacy.epsilon=3`` (the value is YAML).
+
+    Raises:
+        ConfigError: a text without ``=``, or a value that is no valid YAML.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set takes name=value, got '{pair}'")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {name}: the value is no valid YAML") from error
+    return values
+
+
 def dump(study: Study) -> str:
     """Return the study, defaults filled in, as YAML."""
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -369,6 +388,8 @@ def flatten(study: Study) -> dict[str, str]:
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"'{'.'.join(keys)}' cannot be set: '{key}' is a value and not a section")
     tree[keys[-1]] = value
 
 

@@ -176,8 +176,8 @@ def create(
     Raises:
         StoreError: ``out`` exists already, cannot be written, or an input is not finished.
     """
-    for folder in (inputs or {}).values():
-        read_manifest(folder)
+    for parent in (inputs or {}).values():
+        read_manifest(parent)
     if out.exists():
         raise StoreError(f"'{out.name}' exists already: delete it or pass --replace")
     folder = StageFolder(out, stage, config_digest, inputs or {})

@@ -79,7 +79,9 @@ def select_trainable(model: nn.Module, choice: Literal["all", "bias_norm", "lora
     Raises:
         ConfigError: the choice leaves nothing to train.
     """
-    adapters = {f"{name}.{part}.weight" for name, m in model.named_modules() if hasattr(m, "up") for part in ("up", "down")}
+    adapters = {
+        f"{name}.{part}.weight" for name, m in model.named_modules() if hasattr(m, "up") for part in ("up", "down")
+    }
     for name, parameter in model.named_parameters():
         if choice == "all":
             keep = True

@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class HaarTransform(nn.Module):
     def __init__(self, spatial_dims: int, levels: int) -> None:
         super().__init__()
         step = np.array([[1.0, 1.0], [1.0, -1.0]]) / np.sqrt(2.0)
-        axis = np.ones((1, 1))
+        axis: NDArray[np.floating] = np.ones((1, 1))
         for _ in range(levels):
             axis = np.kron(axis, step)
         kernel = axis

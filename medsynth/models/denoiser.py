@@ -16,9 +16,9 @@ class Preconditioning(nn.Module):
     """What a linear denoiser knows already, so that the network learns only the rest.
 
     For a latent channel of spread ``s``, noisy ``x_t = a x + b e`` with ``a^2 + b^2 = 1`` and velocity
-    ``v = a e - b x``, the best linear estimate of ``v`` is ``a b (1 - s^2) / (a^2 s^2 + b^2) x_t`` and leaves a standard
-    deviation of ``s / sqrt(a^2 s^2 + b^2)`` (Karras et al. 2022, section 5, carried over to velocity and to one spread
-    a channel). Coarse wavelet bands have a larger spread than fine ones, so they emerge first and weigh more.
+    ``v = a e - b x``, the best linear estimate of ``v`` is ``a b (1 - s^2) / (a^2 s^2 + b^2) x_t`` and leaves a
+    standard deviation of ``s / sqrt(a^2 s^2 + b^2)`` (Karras et al. 2022, section 5, carried over to velocity and to
+    one spread a channel). Coarse wavelet bands spread wider than fine ones, so they emerge first and weigh more.
 
     Args:
         signal: (noise step,) a of each noise step.

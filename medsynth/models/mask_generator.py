@@ -121,7 +121,7 @@ class ShapeSpace:
         return self._sample(volume, (points + 1) * self._half[:, None] - 0.5, self.frame, order, "nearest")
 
     def from_frame(self, volume: Array, pose: Pose, mode: Literal["nearest", "constant"] = "constant") -> Array:
-        """Return a canonical ``volume`` put back on the grid under ``pose``; outside the frame 0 or the nearest value."""
+        """Return a canonical ``volume`` put back on the grid under ``pose``; outside the frame 0 or the nearest."""
         points = np.linalg.solve(pose.stretch, self._voxels - pose.centre[:, None]) / _FRAME_SD
         half = np.array(self.frame) / 2
         return self._sample(volume, (points + 1) * half[:, None] - 0.5, self.grid.shape, 1, mode)
@@ -215,7 +215,12 @@ class ShapeSpace:
         return np.where(self._upper[0] == self._upper[1], 1.0, 1 / np.sqrt(2))
 
     def _sample(
-        self, volume: NDArray[Any], points: Array, shape: tuple[int, ...], order: int, mode: Literal["nearest", "constant"]
+        self,
+        volume: NDArray[Any],
+        points: Array,
+        shape: tuple[int, ...],
+        order: int,
+        mode: Literal["nearest", "constant"],
     ) -> Array:
         values = ndimage.map_coordinates(np.asarray(volume, float), points, order=order, mode=mode)
         return np.asarray(values.reshape(shape))

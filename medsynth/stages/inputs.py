@@ -36,5 +36,7 @@ def stage_inputs(inputs: Mapping[str, Path], *names: str) -> dict[str, Path]:
     """
     missing = [name for name in names if name not in inputs]
     if missing:
-        raise StoreError(f"this stage needs the finished folder(s) {', '.join(missing)}: run the stages before it first")
+        raise StoreError(
+            f"this stage needs the finished folder(s) {', '.join(missing)}: run the stages before it first"
+        )
     return {name: inputs[name] for name in names}

@@ -114,7 +114,9 @@ def load_masks(folder: Path) -> MaskGenerator:
     return MaskGenerator(grid, masks, statistics)
 
 
-def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, digest: str, folder: Path, resume: bool) -> str:
+def _release(
+    config: Study, inputs: Mapping[str, Path], space: ShapeSpace, digest: str, folder: Path, resume: bool
+) -> str:
     from medsynth.imaging.cohort import load_patients
     from medsynth.privacy.budget import plan_budget
     from medsynth.privacy.entropy import open_entropy

@@ -326,9 +326,7 @@ def _train_private(job: _Run, built: Generator, state: dict[str, Any]) -> None:
     _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy))
 
 
-def _private_steps(
-    job: _Run, built: Generator, backend: Backend, mechanism: DpSgd, journal: Any, entropy: Any
-) -> None:
+def _private_steps(job: _Run, built: Generator, backend: Backend, mechanism: DpSgd, journal: Any, entropy: Any) -> None:
     settings = job.config.train
     model = built.denoiser
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -340,7 +338,8 @@ def _private_steps(
     steps = journal.claimed_steps(_CLAIM)
     for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
         units = [
-            _unit_batch(job, model.preconditioning, *encoded[index], step) for index in mechanism.draw(len(encoded), entropy)
+            _unit_batch(job, model.preconditioning, *encoded[index], step)
+            for index in mechanism.draw(len(encoded), entropy)
         ]
         total = backend.clipped_sum(units)
         noisy = mechanism.noisy_mean(total.tensors, entropy)
