@@ -80,7 +80,10 @@ def select_trainable(model: nn.Module, choice: Literal["all", "bias_norm", "lora
         ConfigError: the choice leaves nothing to train.
     """
     adapters = {
-        f"{name}.{part}.weight" for name, m in model.named_modules() if hasattr(m, "up") for part in ("up", "down")
+        f"{name}.{part}.weight"
+        for name, m in model.named_modules()
+        if isinstance(m, LoraLinear | LoraConv)
+        for part in ("up", "down")
     }
     for name, parameter in model.named_parameters():
         if choice == "all":

@@ -1,0 +1,90 @@
+"""The whole generator: from label maps to images, the same after a trip to the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from medsynth.config import Study, Synthesise
+from medsynth.diffusion.fitting import fit
+from medsynth.diffusion.generator import Generator, build_generator, load_generator, save_generator
+from medsynth.errors import StoreError
+from medsynth.imaging.phantom import phantom_pairs
+from medsynth.models.adapters import add_adapters
+from medsynth.models.autoencoder import build_codec, save_codec
+
+HOW = Synthesise(scheduler="ddim", steps=3, batch_size=2)
+
+
+def generator(study: Study) -> Generator:
+    torch.manual_seed(0)
+    codec = build_codec(study.grid, study.encode)
+    codec.calibrate(torch.from_numpy(phantom_pairs(study.grid, 4, 0)[0]))
+    return build_generator(study.grid, study.train, codec)
+
+
+def shaken(built: Generator) -> Generator:
+    with torch.no_grad():
+        for parameter in built.denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    built.denoiser.eval()
+    return built
+
+
+def labels(study: Study) -> torch.Tensor:
+    return torch.from_numpy(phantom_pairs(study.grid, 2, 5)[1])
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_images_have_the_grid_and_the_range(rank: int, tiny_study: Study, tiny_study_3d: Study) -> None:
+    study = tiny_study if rank == 2 else tiny_study_3d
+    images = generator(study).render(labels(study), [1, 2], HOW)
+    assert images.shape == (2, 1, *study.grid.shape)
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_a_generator_survives_the_disk(trainable: str, tiny_study: Study, tmp_path: Path) -> None:
+    train = tiny_study.train.model_copy(update={"trainable": trainable})
+    study = tiny_study.model_copy(update={"train": train})
+    built = generator(study)
+    if trainable == "lora":
+        add_adapters(built.denoiser, train.lora_rank)
+    shaken(built)
+    save_codec(built.codec, study.grid, study.encode, tmp_path)
+    save_generator(built, study.grid, tmp_path)
+    again = load_generator(tmp_path, tmp_path)
+    assert torch.equal(again.render(labels(study), [1, 2], HOW), built.render(labels(study), [1, 2], HOW))
+    assert not any(p.requires_grad for p in again.denoiser.parameters()) and not again.denoiser.training
+
+
+def test_the_mask_reaches_the_image(tiny_study: Study) -> None:
+    built = shaken(generator(tiny_study))
+    here = labels(tiny_study)
+    assert (built.render(here, [1, 2], HOW) - built.render(here * 0, [1, 2], HOW)).abs().max() > 1e-3
+
+
+def test_a_folder_without_a_generator_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="medsynth train"):
+        load_generator(tmp_path, tmp_path)
+
+
+def test_fitting_learns_the_images_that_belong_to_the_masks(tiny_study: Study) -> None:
+    built = generator(tiny_study)
+    images, maps = phantom_pairs(tiny_study.grid, 4, 0)
+    latents, masks = built.codec.encode(torch.from_numpy(images)), built.masks(torch.from_numpy(maps))
+    losses: list[float] = []
+
+    def draw(stream: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randint(0, 4, (8,), generator=stream)
+        return latents[rows], masks[rows]
+
+    def report(step: int, loss: float) -> None:
+        losses.append(loss)
+
+    before = {name: value.clone() for name, value in built.denoiser.state_dict().items()}
+    fit(built.denoiser, draw, range(80), 80, 5e-3, tiny_study.train, torch.Generator().manual_seed(0), report)
+    assert len(losses) == 80 and sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert any(not torch.equal(value, before[name]) for name, value in built.denoiser.state_dict().items())
