@@ -6,6 +6,8 @@ map that is drawn afterwards is post-processing; no patient's own mask is kept.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,11 +71,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             _write_settings(config, folder.path)
             return folder.finish("public", details={"source": "public_shapes"})
     parents = stage_inputs(inputs, "cohort")
-    # A killed run that had put nothing on disk has released nothing: it goes on within its reservation.
-    silent = not (store.partial(out) / STATISTICS).exists()
     with store.create(out, "masks", digest, parents) as folder:
         space = ShapeSpace(config.grid, config.masks)
-        entry = _release(config, inputs, space, digest, folder.path, silent)
+        entry = _release(config, inputs, space, digest, folder.path)
         _write_settings(config, folder.path)
         _report(load_masks(folder.path), config.seed, tracker)
         sensitivity: store.Sensitivity = "released" if config.privacy.private else "internal"
@@ -114,9 +114,7 @@ def load_masks(folder: Path) -> MaskGenerator:
     return MaskGenerator(grid, masks, statistics)
 
 
-def _release(
-    config: Study, inputs: Mapping[str, Path], space: ShapeSpace, digest: str, folder: Path, resume: bool
-) -> str:
+def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, digest: str, folder: Path) -> str:
     from medsynth.imaging.cohort import load_patients
     from medsynth.privacy.budget import plan_budget
     from medsynth.privacy.entropy import open_entropy
@@ -133,12 +131,16 @@ def _release(
         noise_source=config.privacy.entropy,
         config_digest=digest,
         parents={"cohort": store.read_manifest(inputs["cohort"]).digest},
-        resume=resume,
+        resume=True,
     )
     patients = load_patients(inputs["cohort"], config.grid, "train")
     statistics = _measure(patients, space, sums, open_entropy(config.privacy.entropy))
-    np.savez(folder / STATISTICS, **vars(statistics))
-    ledger.complete(entry, {STATISTICS: store.digest_file(folder / STATISTICS)})
+    released = io.BytesIO()
+    np.savez(released, **vars(statistics))
+    # Completed before anything is on disk: a killed run either released nothing, and goes on within its reservation,
+    # or has used it up.
+    ledger.complete(entry, {STATISTICS: hashlib.sha256(released.getvalue()).hexdigest()})
+    (folder / STATISTICS).write_bytes(released.getvalue())
     logs.say("mask statistics released", noise_multiplier=plan.masks_noise_multiplier, clip_norm=sums.mean.clip_norm)
     return entry
 

@@ -1,0 +1,86 @@
+"""Stage encode: from public phantoms alone, whatever the cohort is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medsynth import config, store
+from medsynth.config import Study
+from medsynth.models.autoencoder import WEIGHTS, load_codec
+from medsynth.stages import encode
+from medsynth.tracking import Tracker
+
+
+def kl(study: Study) -> Study:
+    return study.model_copy(update={"encode": study.encode.model_copy(update={"codec": "kl", "latent_channels": 2})})
+
+
+@pytest.mark.parametrize("codec", ["wavelet", "kl"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_it_writes_a_public_codec(
+    rank: int, codec: str, tiny_study: Study, tiny_study_3d: Study, tmp_path: Path
+) -> None:
+    study = tiny_study if rank == 2 else tiny_study_3d
+    study = kl(study) if codec == "kl" else study
+    manifest = encode.run(study, {}, tmp_path / "autoencoder", Tracker())
+    assert manifest.sensitivity == "public" and not manifest.parents and not manifest.ledger_entries
+    quality = json.loads((tmp_path / "autoencoder" / "reconstruction.json").read_text())["phantoms"]
+    assert quality["psnr_db"] > (100 if codec == "wavelet" else 0)
+    images = torch.zeros(1, 1, *study.grid.shape)
+    loaded = load_codec(tmp_path / "autoencoder")
+    assert loaded.decode(loaded.encode(images)).shape == images.shape
+
+
+@pytest.mark.parametrize("codec", ["wavelet", "kl"])
+def test_pitfall_10_the_codec_never_reads_the_cohort(
+    codec: str, tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("patients were read")
+
+    monkeypatch.setattr("medsynth.imaging.cohort.load_patients", read)
+    monkeypatch.setattr("medsynth.imaging.cohort.read_cases", read)
+    study = kl(tiny_study) if codec == "kl" else tiny_study
+    missing = {"cohort": tmp_path / "no-such-cohort", "ledger": tmp_path / "no-such-ledger"}
+    encode.run(study, missing, tmp_path / "autoencoder", Tracker())
+
+
+def test_pitfall_11_latent_constants_do_not_move_with_the_cohort(
+    tiny_study: Study, tmp_path: Path, make_cohort: Callable[..., Path]
+) -> None:
+    found = []
+    for name, numbers in (("one", range(3)), ("two", range(3, 9))):
+        cohort = make_cohort(tiny_study, tmp_path / name / "cohort", numbers)
+        encode.run(tiny_study, {"cohort": cohort}, tmp_path / name / "autoencoder", Tracker())
+        found.append(load_file(tmp_path / name / "autoencoder" / WEIGHTS))
+    assert {"mean", "scale", "spread"} <= set(found[0])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_it_is_repeatable(tiny_study: Study, tmp_path: Path) -> None:
+    study = kl(tiny_study)
+    one, two = (encode.run(study, {}, tmp_path / name, Tracker()) for name in ("one", "two"))
+    assert one.files == two.files
+
+
+def test_training_makes_the_autoencoder_better(tiny_settings: dict, tmp_path: Path) -> None:
+    wanted = {"codec": "kl", "levels": 1, "channels": [8, 8], "latent_channels": 4, "phantoms": {"count": 16}}
+    quality = []
+    for steps in (2, 120):
+        study = config.parse({**tiny_settings, "encode": {**wanted, "steps": steps, "learning_rate": 5e-3}})
+        manifest = encode.run(study, {}, tmp_path / str(steps), Tracker())
+        quality.append(manifest.details["reconstruction"]["psnr_db"])
+    assert quality[1] > quality[0] + 3
+
+
+def test_a_failure_leaves_no_folder(tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medsynth.models.autoencoder.save_codec", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode.run(tiny_study, {}, tmp_path / "autoencoder", Tracker())
+    assert list(tmp_path.iterdir()) == [] and not store.is_done(tmp_path / "autoencoder")

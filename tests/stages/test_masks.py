@@ -1,0 +1,191 @@
+"""Stage masks: two bounded mechanisms, paid for once, and label maps that are nobody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medsynth import config, store
+from medsynth.config import Study
+from medsynth.errors import BudgetError, PrivacyError, StoreError
+from medsynth.models.mask_generator import ShapeSpace
+from medsynth.privacy.ledger import Ledger
+from medsynth.privacy.mechanism import GaussianSum
+from medsynth.stages import masks
+from medsynth.tracking import Tracker
+
+MakeCohort = Callable[..., Path]
+Sums = dict[str, np.ndarray]
+
+
+def inputs_of(root: Path) -> dict[str, Path]:
+    return {"cohort": root / "cohort", "ledger": root / "ledger.jsonl"}
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, replay: Sums | None = None) -> tuple[Sums, dict[str, GaussianSum]]:
+    """Record what the mechanisms release; with ``replay``, go on from those values, so that runs can be compared."""
+    found: Sums = {}
+    plans: dict[str, GaussianSum] = {}
+    original = GaussianSum.release
+
+    def release(self: GaussianSum, units: Iterable[np.ndarray], entropy: Any) -> np.ndarray:
+        found[self.name], plans[self.name] = original(self, units, entropy), self
+        return found[self.name] if replay is None else replay[self.name]
+
+    monkeypatch.setattr(GaussianSum, "release", release)
+    return found, plans
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_it_releases_statistics_and_pays_for_them(
+    rank: int, tiny_study: Study, tiny_study_3d: Study, tmp_path: Path, make_cohort: MakeCohort
+) -> None:
+    study = tiny_study if rank == 2 else tiny_study_3d
+    inputs = inputs_of(tmp_path)
+    make_cohort(study, inputs["cohort"])
+    manifest = masks.run(study, inputs, tmp_path / "masks", Tracker())
+    assert manifest.sensitivity == "released" and set(manifest.files) == {masks.STATISTICS, masks.SETTINGS}
+    (entry,) = Ledger(inputs["ledger"]).entries()
+    assert manifest.ledger_entries == (entry["id"],) and entry["status"] == "complete"
+    assert entry["outputs"] == {masks.STATISTICS: manifest.files[masks.STATISTICS]}
+    assert entry["mechanisms"] == ["gaussian_sum:mask_means", "gaussian_sum:mask_spread"]
+    generator = masks.load_masks(tmp_path / "masks")
+    label = generator.draw(5)
+    assert label.shape == study.grid.shape and label.any()
+    assert np.array_equal(label, masks.load_masks(tmp_path / "masks").draw(5))
+
+
+@pytest.mark.parametrize("records", [1, 4])
+def test_pitfall_12_statistics_move_by_at_most_the_clip_norm_when_a_patient_leaves(
+    records: int, tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No patient's mask is more than a bounded, noisy part of a sum; test_only entropy repeats the noise."""
+    replay: Sums | None = None
+    for without in (None, 2, 5):
+        root = tmp_path / str(without)
+        numbers = [number for number in range(6) if number != without]
+        make_cohort(tiny_study, root / "cohort", numbers, records)
+        found, plans = watched(monkeypatch, replay)
+        masks.run(tiny_study, inputs_of(root), root / "masks", Tracker())
+        monkeypatch.undo()
+        if replay is None:
+            replay = found
+            continue
+        for name, plan in plans.items():
+            moved = np.linalg.norm(found[name] - replay[name])
+            assert 0 < moved <= plan.clip_norm / plan.denominator * (1 + 1e-9)
+
+
+def test_pitfall_03_plans_are_the_same_for_one_patient_more(
+    tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for count in (6, 7):
+        root = tmp_path / str(count)
+        make_cohort(tiny_study, root / "cohort", range(count))
+        _, plans = watched(monkeypatch)
+        masks.run(tiny_study, inputs_of(root), root / "masks", Tracker())
+        monkeypatch.undo()
+        seen.append(plans)
+    assert seen[0] == seen[1]
+    assert seen[0]["mask_means"].denominator == pytest.approx(16 * 0.8)
+
+
+def test_pitfall_01_many_slices_are_one_vector(tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort) -> None:
+    """A patient of the same slice nine times weighs as much as one of that slice once."""
+    space = ShapeSpace(tiny_study.grid, tiny_study.masks)
+    from medsynth.imaging.phantom import sample_label_maps
+
+    label = sample_label_maps(tiny_study.grid, 1, 0)
+    once, often = masks._mean_vectors([label, np.repeat(label, 9, axis=0)], space)
+    np.testing.assert_allclose(once, often)
+
+
+def test_a_patient_who_shows_nothing_adds_nothing(tiny_study: Study) -> None:
+    space = ShapeSpace(tiny_study.grid, tiny_study.masks)
+    (vector,) = masks._mean_vectors([np.zeros((2, 16, 16), np.uint8)], space)
+    assert not vector.any()
+
+
+def test_public_shapes_read_no_patient_and_cost_nothing(tiny_study: Study, tmp_path: Path) -> None:
+    study = tiny_study.model_copy(update={"masks": tiny_study.masks.model_copy(update={"source": "public_shapes"})})
+    manifest = masks.run(study, {"ledger": tmp_path / "ledger.jsonl"}, tmp_path / "masks", Tracker())
+    assert manifest.sensitivity == "public" and not manifest.parents and not manifest.ledger_entries
+    assert not (tmp_path / "ledger.jsonl").exists()
+    generator = masks.load_masks(tmp_path / "masks")
+    assert np.array_equal(generator.draw(3), generator.draw(3)) and generator.draw(3).any()
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_without_privacy_it_is_internal_and_says_so(
+    covariance: str, tiny_settings: dict[str, Any], tmp_path: Path, make_cohort: MakeCohort
+) -> None:
+    study = config.parse(
+        {
+            **tiny_settings,
+            "name": "tiny-nonprivate",
+            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
+            "masks": {"coefficients": [4, 4], "covariance": covariance},
+        }
+    )
+    inputs = inputs_of(tmp_path)
+    make_cohort(study, inputs["cohort"])
+    manifest = masks.run(study, inputs, tmp_path / "masks", Tracker())
+    assert manifest.sensitivity == "internal"
+    assert [event["kind"] for entry in Ledger(inputs["ledger"]).entries() for event in entry["events"]] == [
+        "nonprivate",
+        "nonprivate",
+    ]
+    assert masks.load_masks(tmp_path / "masks").draw(0).any()
+
+
+@pytest.mark.parametrize("where", ["measuring", "writing"])
+def test_pitfall_14_no_kill_buys_a_second_release(
+    where: str, tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is released a run goes on within its reservation; after it, the next one is charged."""
+    inputs = inputs_of(tmp_path)
+    make_cohort(tiny_study, inputs["cohort"])
+    ledger = Ledger(inputs["ledger"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "_measure" if where == "measuring" else "_write_settings", killed)
+            with pytest.raises(KeyboardInterrupt):
+                masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
+        assert not (tmp_path / "masks").exists()
+    if where == "measuring":
+        masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
+        assert [entry["status"] for entry in ledger.entries()] == ["complete"]
+    else:
+        assert [entry["status"] for entry in ledger.entries()] == ["complete", "complete"]
+
+
+def test_a_spent_budget_is_refused_before_a_patient_is_read(
+    tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(tmp_path)
+    make_cohort(tiny_study, inputs["cohort"])
+    for name in "abcdefgh":
+        try:
+            masks.run(tiny_study, inputs, tmp_path / name, Tracker())
+        except BudgetError:
+            break
+    else:
+        pytest.fail("the budget has no end")
+    monkeypatch.setattr("medsynth.imaging.cohort.load_patients", lambda *_: pytest.fail("patients were read"))
+    with pytest.raises(PrivacyError):
+        masks.run(tiny_study, inputs, tmp_path / "again", Tracker())
+    assert not store.partial(tmp_path / "again").exists()
+
+
+def test_it_needs_a_cohort(tiny_study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cohort"):
+        masks.run(tiny_study, {"ledger": tmp_path / "ledger.jsonl"}, tmp_path / "masks", Tracker())
