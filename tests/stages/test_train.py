@@ -1,0 +1,292 @@
+"""Stage train: patients move the denoiser through one bounded, noisy sum a step, and never more often than was paid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medsynth import config, store
+from medsynth.config import Study
+from medsynth.diffusion.generator import WEIGHTS, load_generator
+from medsynth.errors import BudgetError, StoreError
+from medsynth.privacy.entropy import ChaChaEntropy
+from medsynth.privacy.gradients_unit import UnitBackend
+from medsynth.privacy.ledger import Ledger
+from medsynth.privacy.mechanism import DpSgd
+from medsynth.stages import train
+from medsynth.tracking import Tracker
+
+Before = Callable[..., dict[str, Path]]
+T = 12
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.fixture
+def study(tiny_settings: dict[str, Any]) -> Study:
+    return changed(tiny_settings)
+
+
+def changed(settings: dict[str, Any], **values: Any) -> Study:
+    return config.parse({**settings, "train": {**settings["train"], "steps": T, "trainable": "bias_norm", **values}})
+
+
+def steps_taken(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
+    """Count the noisy updates; raise inside the one after ``stop_after``."""
+    taken: list[int] = []
+    original = DpSgd.noisy_mean
+
+    def noisy_mean(self: DpSgd, clipped_sum: Sequence[torch.Tensor], entropy: Any) -> list[torch.Tensor]:
+        if stop_after is not None and len(taken) == stop_after:
+            raise Killed
+        taken.append(1)
+        return original(self, clipped_sum, entropy)
+
+    monkeypatch.setattr(DpSgd, "noisy_mean", noisy_mean)
+    return taken
+
+
+def reservations(inputs: dict[str, Path]) -> list[dict[str, Any]]:
+    return [e for e in Ledger(inputs["ledger"]).entries() if e["mechanisms"] == ["dp_sgd:denoiser"]]
+
+
+def kill(study: Study, inputs: dict[str, Path], after: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    with monkeypatch.context() as patch:
+        taken = steps_taken(patch, after)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    assert not store.is_done(inputs["generator"])
+    return len(taken)
+
+
+@pytest.mark.parametrize("trainable", ["all", "bias_norm", "lora"])
+def test_it_writes_a_generator_and_nothing_else(
+    trainable: str, tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = changed(tiny_settings, trainable=trainable)
+    inputs = before_training(study, tmp_path)
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    assert manifest.sensitivity == "released"
+    assert set(manifest.files) == {WEIGHTS, "generator.json", train.APPEARANCE}
+    entries = {entry["id"]: entry for entry in Ledger(inputs["ledger"]).entries()}
+    assert [entries[name]["mechanisms"] for name in manifest.ledger_entries] == [
+        ["gaussian_sum:appearance"],
+        ["dp_sgd:denoiser"],
+    ]
+    assert all(entry["status"] == "complete" for entry in entries.values())
+    assert Ledger(inputs["ledger"]).spent(study.privacy.delta) <= study.privacy.epsilon
+    load_generator(inputs["generator"], inputs["autoencoder"])
+
+
+def test_it_runs_in_3d_and_with_opacus(tiny_study_3d: Study, tmp_path: Path, before_training: Before) -> None:
+    study = tiny_study_3d.model_copy(
+        update={"train": tiny_study_3d.train.model_copy(update={"backend": "opacus", "trainable": "all"})}
+    )
+    inputs = before_training(study, tmp_path)
+    assert train.run(study, inputs, inputs["generator"], Tracker()).releasable
+
+
+def test_pitfall_01_a_patient_of_many_slices_is_one_unit_with_one_clip(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = changed(tiny_settings, max_records=3, draws=2, sampling_rate=1.0, clip_norm=0.05)
+    inputs = before_training(study, tmp_path, range(4), records=5)
+    seen: list[tuple[list[int], float]] = []
+    original = UnitBackend.clipped_sum
+
+    def clipped_sum(self: UnitBackend, batches: Sequence[Any]) -> Any:
+        total = original(self, batches)
+        size = sum(float(part.double().square().sum()) for part in total.tensors) ** 0.5
+        seen.append(([len(batch["steps"]) for batch in batches], size))
+        return total
+
+    monkeypatch.setattr(train, "_public_gradient_norm", lambda *_: pytest.fail("the clip norm is given"))
+    monkeypatch.setattr(UnitBackend, "clipped_sum", clipped_sum)
+    train.run(study, inputs, inputs["generator"], Tracker())
+    patients = seen[-T:]
+    assert all(rows == [6, 6, 6, 6] for rows, _ in patients), "four patients, 3 slices x 2 draws each"
+    assert all(size <= 4 * 0.05 * (1 + 1e-6) for _, size in patients)
+
+
+def rows_of(study: Study, inputs: dict[str, Path], folder: Path, person: str) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    job = train._Run(study, inputs, folder, "0" * 64, torch.device("cpu"), Tracker())
+    torch.manual_seed(job.seed("weights"))
+    built = train.build_generator(study.grid, study.train, train.load_codec(inputs["autoencoder"]))
+    encoded = {name: rows for name, *rows in train._encode_patients(job, built)}
+    return train._unit_batch(job, built.denoiser.preconditioning, person, *encoded[person], step=3)
+
+
+def test_a_patients_rows_depend_on_that_patient_alone(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = changed(tiny_settings, max_records=2)
+    whole = before_training(study, tmp_path / "whole", range(5), records=3)
+    less = before_training(study, tmp_path / "less", [0, 3], records=3)
+    first = rows_of(study, whole, tmp_path / "a", "patient-003")
+    second = rows_of(study, less, tmp_path / "b", "patient-003")
+    assert len(first["steps"]) == 2 * study.train.draws
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = rows_of(study, whole, tmp_path / "c", "patient-000")
+    assert not torch.equal(first["noisy"], other["noisy"])
+
+
+def test_pitfall_03_rate_noise_and_denominator_do_not_know_the_number_of_patients(
+    study: Study, tmp_path: Path, before_training: Before
+) -> None:
+    entries = []
+    for count in (6, 7):
+        inputs = before_training(study, tmp_path / str(count), range(count))
+        train.run(study, inputs, inputs["generator"], Tracker())
+        entries.append([e for e in Ledger(inputs["ledger"]).entries() if e["stage"] == "train"])
+    keys = ("events", "denominators", "sampling")
+    assert [[e[key] for key in keys] for e in entries[0]] == [[e[key] for key in keys] for e in entries[1]]
+
+
+def test_pitfall_05_an_empty_draw_is_a_step_of_noise(
+    study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    monkeypatch.setattr(DpSgd, "draw", lambda *_: [])
+    taken = steps_taken(monkeypatch)
+    silent = torch.zeros(1)
+    updates: list[float] = []
+    original = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *args: Any) -> Any:
+        updates.append(max(float(p.grad.abs().max()) for group in self.param_groups for p in group["params"]))
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    train.run(study, inputs, inputs["generator"], Tracker())
+    assert len(taken) == T and min(updates[-T:]) > float(silent)
+
+
+@pytest.mark.parametrize("after", [0, 3, 5, 11])
+def test_pitfall_16_a_resumed_run_takes_at_most_t_steps_on_one_reservation(
+    after: int, study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    first = kill(study, inputs, after, monkeypatch)
+    pretrained = (store.partial(inputs["generator"]) / "pretrained.safetensors").read_bytes()
+    kept = store.partial(inputs["generator"]) / "checkpoint.pt"
+    assert kept.exists() == (first >= 5)
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("pre-training again"))
+    keys: list[bytes] = []
+    original = ChaChaEntropy._open
+    monkeypatch.setattr(ChaChaEntropy, "_open", staticmethod(lambda key: keys.append(key) or original(key)))
+    second = steps_taken(monkeypatch)
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    assert len(pretrained) and first + len(second) <= T
+    assert len(second) == T - 5 * ((first // 5) + 1) if first < 10 else len(second) == 0
+    assert len(reservations(inputs)) == 1 and reservations(inputs)[0]["status"] == "complete"
+    assert reservations(inputs)[0]["id"] in manifest.ledger_entries
+
+
+def test_a_run_killed_after_its_last_step_ends_with_the_same_weights(
+    study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    unlink = Path.unlink
+
+    def stopped(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "pretrained.safetensors":  # the first scratch file that goes, after the ledger's last line
+            raise Killed
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    before = load_file(store.partial(inputs["generator"]) / WEIGHTS)
+    assert reservations(inputs)[0]["status"] == "complete"
+    train.run(study, inputs, inputs["generator"], Tracker())
+    after = load_file(inputs["generator"] / WEIGHTS)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(reservations(inputs)) == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "other settings", "no state"])
+def test_pitfall_14_a_restart_without_its_journal_is_charged_however_often_it_is_tried(
+    how: str, tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # without appearance statistics, whose own second release would be refused before
+    study = changed(tiny_settings, pretrain_steps=0, appearance={"enabled": False, "coefficients": [2, 2]})
+    inputs = before_training(study, tmp_path)
+    kill(study, inputs, 7, monkeypatch)
+    partial = store.partial(inputs["generator"])
+    if how == "deleted":
+        for path in partial.iterdir():
+            path.unlink()
+    elif how == "no state":
+        (partial / "state.json").unlink()
+    else:
+        (partial / "state.json").write_text(json.dumps({"digest": "other", "parents": {}, "entries": {}}))
+    taken = steps_taken(monkeypatch)
+    for _ in range(3):
+        with pytest.raises(BudgetError):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    assert taken == [] and len(reservations(inputs)) == 1
+
+
+def test_what_another_configuration_left_is_thrown_away(
+    tiny_settings: dict[str, Any],
+    study: Study,
+    tmp_path: Path,
+    before_training: Before,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = before_training(study, tmp_path)
+    kill(study, inputs, 6, monkeypatch)
+    partial = store.partial(inputs["generator"])
+    old = (partial / "pretrained.safetensors").read_bytes()
+    (partial / "left-behind").write_text("from the other run")
+    other = changed(tiny_settings, pretrain_steps=3, steps=0, appearance={"enabled": False, "coefficients": [2, 2]})
+    manifest = train.run(other, inputs, inputs["generator"], Tracker())
+    assert set(manifest.files) == {WEIGHTS, "generator.json"} and old
+    assert manifest.ledger_entries == ()
+
+
+def test_without_privacy_it_is_internal_and_the_ledger_says_so(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = config.parse(
+        {
+            **tiny_settings,
+            "name": "tiny-nonprivate",
+            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
+        }
+    )
+    inputs = before_training(study, tmp_path)
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    assert manifest.sensitivity == "internal"
+    kinds = {event["kind"] for entry in Ledger(inputs["ledger"]).entries() for event in entry["events"]}
+    assert kinds == {"nonprivate"} and Ledger(inputs["ledger"]).taints()
+
+
+def test_a_generator_from_internal_masks_is_internal_even_if_no_patient_trains_it(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = config.parse(
+        {
+            **tiny_settings,
+            "name": "tiny-nonprivate",
+            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
+            "train": {**tiny_settings["train"], "steps": 0, "appearance": {"enabled": False, "coefficients": [2, 2]}},
+        }
+    )
+    inputs = before_training(study, tmp_path)
+    assert train.run(study, inputs, inputs["generator"], Tracker()).sensitivity == "internal"
+
+
+def test_it_needs_what_comes_before(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="autoencoder"):
+        train.run(study, {"cohort": tmp_path}, tmp_path / "generator", Tracker())
