@@ -183,7 +183,7 @@ class Appearance(Section):
     """Statistics of intensity by label, distance and position that dress the phantoms of pre-training."""
 
     enabled: bool = True
-    coefficients: tuple[Count, ...] = Field((6, 8, 6), description="low-frequency coefficients of the mean image")
+    coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients of the mean image")
     clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
 
 

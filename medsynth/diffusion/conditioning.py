@@ -37,4 +37,5 @@ class MaskEncoder(nn.Module):
         """Return encoded label maps; an all-background map gives zeros, which is also the dropped mask."""
         planes = torch.stack([(labels == value).float() for value in range(1, self.classes)], dim=1)
         encoded: Tensor = self.haar(planes)
-        return encoded
+        # The inside of a label becomes 1, not the root of the block's size, beside which the image would fade.
+        return encoded / self.haar.bands**0.5

@@ -19,12 +19,12 @@ import numpy as np
 from medsynth import logs, store
 from medsynth.config import Grid, Masks, Study
 from medsynth.models.mask_generator import (
-    Array,
     MaskStatistics,
     ShapeSpace,
     covariance_root,
     positive_part,
 )
+from medsynth.models.pose import Array
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.store import Manifest

@@ -135,7 +135,7 @@ def test_the_public_centre_alone_is_a_ball_in_the_middle(rank: int) -> None:
 def test_vectors_have_a_public_bound(rank: int) -> None:
     """Occupancies lie in [0, 1], so that no label map whatever makes a shape vector longer than this."""
     layout, rng = space(rank), np.random.default_rng(0)
-    bound = 2 * np.sqrt(np.prod(layout.frame))
+    bound = 2 * np.sqrt(np.prod(layout.frame.shape))
     for label in [rng.integers(0, 2, (32,) * rank).astype(np.uint8), np.ones((32,) * rank, np.uint8), ellipsoid(rank)]:
         vector = layout.pose_vector(label)
         assert vector is not None
