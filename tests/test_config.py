@@ -1,0 +1,141 @@
+"""Configurations: typos are named, contradictions are refused, and what is printed can be read again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from medsynth import config
+from medsynth.errors import ConfigError
+
+
+def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(settings)
+    *above, last = path.split(".")
+    section = changed
+    for name in above:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("privcy", {}, "privcy: unknown key, did you mean 'privacy'"),
+        ("privacy.epsilom", 3, "privacy.epsilom: unknown key, did you mean 'epsilon'"),
+        ("privacy.shares.mask", 1, "privacy.shares.mask: unknown key, did you mean 'masks'"),
+        ("encode.zzz", 1, "encode.zzz: unknown key; known: codec"),
+        ("train.steps", "many", "train.steps: Input should be a valid integer"),
+        ("train.sampling_rate", 1.5, "train.sampling_rate: Input should be less than or equal to 1"),
+        ("privacy.epsilon", 0, "privacy.epsilon: Input should be greater than 0"),
+        ("privacy.epsilon", ".nan", "privacy.epsilon"),
+        ("privacy.delta", 0.01, "delta 0.01 is above 1/(10 N) = 0.00625 for 16 declared patients"),
+        ("privacy.entropy", "fixed", "privacy.entropy"),
+        ("grid.shape", [16, 16, 16], "shape has 3 axes, spatial_dims says 2"),
+        ("grid.shape", [16, 15], "grid.shape must divide by 2^encode.levels = 2"),
+        ("grid.labels", {0: "none", 2: "organ"}, "without gaps"),
+        ("grid.release_shape_range", [[4, 20], [4, 16]], "does not fit in a grid axis of 16"),
+        ("masks.coefficients", [4, 4, 4], "masks.coefficients has 3 axes"),
+        ("masks.covariance", "full", "use diagonal"),
+        ("train.channels", [8, 6], "must divide by train.norm_groups"),
+        ("train.attention_levels", [True], "one entry a level"),
+        ("encode.codec", "kl", None),
+        ("encode", {"codec": "kl", "levels": 1, "channels": [8]}, "encode.levels + 1"),
+        ("ingest.patient_id_pattern", "no-group", "needs one group"),
+        ("ingest.patient_id_pattern", "(", "no regular expression"),
+        ("name", "Tiny Study", "name: "),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_path(
+    path: str, value: Any, message: str | None, tiny_settings: dict[str, Any]
+) -> None:
+    raw = with_value(tiny_settings, path, value)
+    if message is None:
+        config.parse(raw)
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.parse(raw, "study.yaml")
+    assert message in str(caught.value) and "'study.yaml' has 1 problem(s)" in str(caught.value)
+
+
+def test_all_problems_are_said_at_once(tiny_settings: dict[str, Any]) -> None:
+    raw = with_value(with_value(tiny_settings, "train.stepz", 1), "synthesise.pairs", 0)
+    with pytest.raises(ConfigError, match=r"2 problem\(s\)[\s\S]*train.stepz[\s\S]*synthesise.pairs"):
+        config.parse(raw)
+
+
+def test_an_infinite_epsilon_needs_its_name_and_survives_a_round_trip(tiny_settings: dict[str, Any]) -> None:
+    raw = with_value(tiny_settings, "privacy.epsilon", math.inf)
+    with pytest.raises(ConfigError, match="-nonprivate"):
+        config.parse(raw)
+    study = config.parse({**raw, "name": "tiny-nonprivate"})
+    assert not study.privacy.private
+    text = config.dump(study)
+    assert "epsilon: .inf" in text and config.parse(yaml.safe_load(text)) == study
+
+
+def test_delta_is_free_without_privacy(tiny_settings: dict[str, Any]) -> None:
+    raw = with_value(with_value(tiny_settings, "privacy.epsilon", math.inf), "privacy.delta", 0.5)
+    assert config.parse({**raw, "name": "tiny-nonprivate"}).privacy.delta == 0.5
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001"])
+def test_numbers_that_yaml_takes_for_texts_are_numbers(
+    text: str, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings).replace("delta: 0.0001", f"delta: {text}"))
+    assert config.load(path).privacy.delta == 1e-5
+    assert config.load(path, config.parse_overrides([f"encode.learning_rate={text}"])).encode.learning_rate == 1e-5
+
+
+def test_what_is_printed_is_read_as_the_same_study(tiny_settings: dict[str, Any]) -> None:
+    study = config.parse(tiny_settings)
+    assert config.parse(yaml.safe_load(config.dump(study))) == study
+
+
+def test_every_leaf_has_a_dotted_path(tiny_settings: dict[str, Any]) -> None:
+    leaves = config.flatten(config.parse(tiny_settings))
+    assert leaves["privacy.shares.masks"] == "1.0" and leaves["grid.shape"] == "[16, 16]"
+    assert not any("{" in value and value != "{}" for value in leaves.values())
+
+
+def test_overrides_replace_values_and_make_sections(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in tiny_settings.items() if k != "export"}))
+    wanted = config.parse_overrides(["privacy.epsilon=3", "export.dicom_pairs=2", "grid.shape=[8, 8]"])
+    study = config.load(path, wanted)
+    assert (study.privacy.epsilon, study.export.dicom_pairs, study.grid.shape) == (3, 2, (8, 8))
+
+
+@pytest.mark.parametrize("text", ["privacy.epsilon", "=3", "privacy.epsilon=[", "name.deeper=1", "privacy.nothing=1"])
+def test_an_override_that_makes_no_sense_is_a_config_error(
+    text: str, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings))
+    with pytest.raises(ConfigError):
+        config.load(path, config.parse_overrides([text]))
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "no valid YAML"), ("- 1", "mapping"), (None, "cannot read")])
+def test_a_file_that_is_no_study_is_said_without_its_folder(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.load(path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_sections_are_frozen(tiny_settings: dict[str, Any]) -> None:
+    study = config.parse(tiny_settings)
+    with pytest.raises(ValidationError):
+        study.privacy.epsilon = 100.0  # type: ignore[misc]

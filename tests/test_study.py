@@ -1,0 +1,128 @@
+"""The study runner: finished stages are skipped, changed ones are refused, a kill costs only the stage in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from medsynth import config, store, study
+from medsynth.config import Study
+from medsynth.errors import StoreError
+from medsynth.stages.inputs import SECTIONS, config_digest, stage_inputs
+from medsynth.store import Manifest
+from medsynth.tracking import Tracker
+
+VERBS = [stage.verb for stage in study.STAGES]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put stages that only write their manifest in place of the real ones; return the verbs that ran."""
+    verbs: list[str] = []
+
+    def module(name: str) -> SimpleNamespace:
+        verb = name.rsplit(".", 1)[1]
+
+        def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
+            parents = stage_inputs(inputs, *study.BY_VERB[verb].reads)
+            with store.create(out, verb, config_digest(config, verb), parents) as folder:
+                (folder.path / "file").write_text(config_digest(config, verb))
+                verbs.append(verb)
+                return folder.finish("internal")
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(study, "importlib", SimpleNamespace(import_module=module))
+    monkeypatch.setattr(study, "open_tracker", lambda *_: Tracker().stage("study"))
+    return verbs
+
+
+def changed(settings: dict[str, Any], section: str, **values: Any) -> Study:
+    return config.parse({**settings, section: {**settings[section], **values}})
+
+
+def test_every_stage_runs_once_and_in_an_order_that_has_its_inputs(
+    tiny_study: Study, tmp_path: Path, ran: list[str]
+) -> None:
+    study.run_study(tiny_study, tmp_path / "source", tmp_path / "run")
+    assert ran == VERBS
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {stage.folder for stage in study.STAGES}
+    for number, stage in enumerate(study.STAGES):
+        assert set(stage.reads) <= {earlier.folder for earlier in study.STAGES[:number]}
+    study.run_study(tiny_study, None, tmp_path / "run")
+    assert ran == VERBS, "finished stages are skipped"
+
+
+def test_every_stage_is_known_to_the_config_digest() -> None:
+    assert set(SECTIONS) == set(VERBS)
+    assert {name for names in SECTIONS.values() for name in names} <= set(Study.model_fields)
+
+
+def test_what_only_costs_time_makes_nothing_stale(
+    tiny_study: Study, tiny_settings: dict[str, Any], tmp_path: Path, ran: list[str]
+) -> None:
+    study.run_study(tiny_study, None, tmp_path / "run")
+    study.run_study(changed(tiny_settings, "compute", threads=2, workers=2), None, tmp_path / "run")
+    assert ran == VERBS
+
+
+def test_a_changed_config_is_refused_and_replaced_only_when_told(
+    tiny_study: Study, tiny_settings: dict[str, Any], tmp_path: Path, ran: list[str]
+) -> None:
+    study.run_study(tiny_study, None, tmp_path / "run")
+    other = changed(tiny_settings, "synthesise", pairs=5)
+    before = store.read_manifest(tmp_path / "run" / "synthetic")
+    with pytest.raises(StoreError, match=r"'synthetic' was made from other settings: pass --replace"):
+        study.run_study(other, None, tmp_path / "run")
+    assert store.read_manifest(tmp_path / "run" / "synthetic") == before
+    study.run_study(other, None, tmp_path / "run", replace=True)
+    assert ran[len(VERBS) :] == [verb for verb in VERBS if verb in ("synthesise", *VERBS[VERBS.index("segment") :])]
+    assert store.read_manifest(tmp_path / "run" / "synthetic").digest != before.digest
+
+
+def test_a_stage_made_again_makes_what_rests_on_it_stale(
+    tiny_study: Study, tiny_settings: dict[str, Any], tmp_path: Path, ran: list[str]
+) -> None:
+    study.run_study(tiny_study, None, tmp_path / "run")
+    study.run_verb(changed(tiny_settings, "masks", band_voxels=3), "masks", None, tmp_path / "run", replace=True)
+    with pytest.raises(StoreError, match="inputs"):
+        study.run_verb(tiny_study, "synthesise", None, tmp_path / "run")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_killed_study_goes_on_at_the_stage_in_hand(
+    verb: str, tiny_study: Study, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = store.StageFolder.finish
+
+    def killed(self: store.StageFolder, *args: Any, **more: Any) -> Manifest:
+        if ran[-1] == verb:
+            raise KeyboardInterrupt
+        return finish(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.StageFolder, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study.run_study(tiny_study, None, tmp_path / "run")
+    assert not (tmp_path / "run" / study.BY_VERB[verb].folder).exists()
+    study.run_study(tiny_study, None, tmp_path / "run")
+    assert ran == [*VERBS[: VERBS.index(verb)], verb, *VERBS[VERBS.index(verb) :]]
+
+
+def test_one_verb_needs_the_ones_before_it(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
+    with pytest.raises(StoreError, match="run the stage before it first"):
+        study.run_verb(tiny_study, "masks", None, tmp_path / "run")
+    study.run_verb(tiny_study, "ingest", None, tmp_path / "run")
+    study.run_verb(tiny_study, "masks", None, tmp_path / "run")
+    assert ran == ["ingest", "masks"]
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_store_error(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match="cannot write the run folder"):
+        study.run_study(tiny_study, None, tmp_path / "file" / "run")
+    assert ran == []
