@@ -39,6 +39,13 @@ def changed(settings: dict[str, Any], **values: Any) -> Study:
     return config.parse({**settings, "train": {**settings["train"], "steps": T, "trainable": "bias_norm", **values}})
 
 
+@pytest.fixture(autouse=True)
+def _no_curve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the epsilon series, eight compositions of which are most of a tiny training, but in 3D."""
+    if "tiny_study_3d" not in request.fixturenames:
+        monkeypatch.setattr(train, "_epsilon_curve", lambda *_: {})
+
+
 def steps_taken(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
     """Count the noisy updates; raise inside the one after ``stop_after``."""
     taken: list[int] = []
