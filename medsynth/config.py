@@ -182,7 +182,7 @@ class Masks(Section):
 class Appearance(Section):
     """Statistics of intensity by label, distance and position that dress the phantoms of pre-training."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="needs train.pretrain_steps")
     coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients of the mean image")
     clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
 
@@ -199,7 +199,7 @@ class Train(Section):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "squaredcos_cap_v2"
     mask_dropout: Fraction = Field(0.1, description="rate of dropped masks, for classifier-free guidance")
     ema_decay: Fraction = 0.999
-    pretrain_steps: Annotated[int, Field(ge=0)] = 0
+    pretrain_steps: Annotated[int, Field(ge=0)] = 1000
     pretrain_batch_size: Count = 8
     pretrain_learning_rate: Positive = 1e-3
     pretrain_phantoms: Count = 400
@@ -310,6 +310,8 @@ class Study(Section):
             raise ValueError("train.channels must divide by train.norm_groups")
         if self.train.channels[-1] % self.train.head_channels:
             raise ValueError("the last of train.channels must divide by train.head_channels (attention is there)")
+        if self.train.appearance.enabled and not self.train.pretrain_steps:
+            raise ValueError("train.appearance.enabled pays for phantoms that train.pretrain_steps 0 never uses")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":

@@ -106,6 +106,22 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"stage folder '{folder.name}' has an unreadable manifest: delete the folder") from error
 
 
+@contextlib.contextmanager
+def set_aside(out: Path) -> Iterator[None]:
+    """Move a finished folder out of the way of its replacement; it comes back when the block raises."""
+    aside = out.with_name(f".{out.name}.replaced")
+    if is_done(out):
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists() and not out.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 class StageFolder:
     """A stage folder being written: put files under :attr:`path`, then call :meth:`finish` once."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,14 +86,13 @@ def run_stage(
                 f"'{stage.folder}' was made from other {' and '.join(changed)}: pass --replace to make it again "
                 "(privacy that was spent stays spent), or use a new run folder"
             )
-        shutil.rmtree(out)
     inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl", "keys": run / "keys"}
     if source is not None:
         inputs["source"] = source
     logs.say(f"{stage.verb}: started")
     started = time.monotonic()
     module = importlib.import_module(f"medsynth.stages.{stage.verb}")
-    with tracker.stage(stage.verb) as nested:
+    with store.set_aside(out), tracker.stage(stage.verb) as nested:
         manifest = module.run(study, inputs, out, nested)
         elapsed_s = time.monotonic() - started
         nested.metrics({"elapsed_s": elapsed_s})

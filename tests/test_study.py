@@ -11,7 +11,7 @@ import pytest
 
 from medsynth import config, store, study
 from medsynth.config import Study
-from medsynth.errors import StoreError
+from medsynth.errors import BudgetError, StoreError
 from medsynth.stages.inputs import SECTIONS, config_digest, stage_inputs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -126,3 +126,19 @@ def test_a_run_folder_that_cannot_be_made_is_a_store_error(tiny_study: Study, tm
     with pytest.raises(StoreError, match="cannot write the run folder"):
         study.run_study(tiny_study, None, tmp_path / "file" / "run")
     assert ran == []
+
+
+def test_a_replacement_that_fails_leaves_the_finished_folder(
+    tiny_study: Study, tiny_settings: dict[str, Any], tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.run_study(tiny_study, None, tmp_path / "run")
+    before = store.read_manifest(tmp_path / "run" / "masks")
+
+    def fail(*_: Any) -> Manifest:
+        raise BudgetError("nothing is left")
+
+    monkeypatch.setattr(study, "importlib", SimpleNamespace(import_module=lambda _: SimpleNamespace(run=fail)))
+    other = changed(tiny_settings, "masks", band_voxels=3)
+    with pytest.raises(BudgetError):
+        study.run_verb(other, "masks", None, tmp_path / "run", replace=True)
+    assert store.read_manifest(tmp_path / "run" / "masks") == before

@@ -99,7 +99,9 @@ class ShapeSpace:
             label = self.label_map(statistics.shape_mean + self._draw_shape(statistics.spread, rng), pose)
             if np.count_nonzero(label) >= max(1, self.settings.min_component_voxels) and not self._touches(label):
                 return label
-        return self.label_map(statistics.shape_mean, self.pose(statistics.pose_mean))
+        mean = self.label_map(statistics.shape_mean, self.pose(statistics.pose_mean))
+        # Statistics that are all noise may have an empty mean shape: the public ball is left.
+        return mean if mean.any() else self.label_map(np.zeros(self.shape_size), self.pose(np.zeros(self.pose_size)))
 
     def band_sums(self, deviation: Array) -> Array:
         """Return the mean square of a deviation from the mean shape in each (plane, band)."""

@@ -12,8 +12,8 @@ from medsynth.store import digest_of
 SECTIONS: dict[str, tuple[str, ...]] = {
     "ingest": ("seed", "grid", "ingest"),
     "encode": ("seed", "grid", "encode"),
-    "masks": ("seed", "grid", "privacy", "masks", "train"),
-    "train": ("seed", "grid", "privacy", "masks", "encode", "train"),
+    "masks": ("seed", "grid", "privacy", "ingest", "encode", "masks"),
+    "train": ("seed", "grid", "privacy", "ingest", "encode", "masks", "train"),
     "synthesise": ("seed", "grid", "synthesise"),
     "segment": ("seed", "grid", "segment"),
     "evaluate": ("name", "seed", "grid", "privacy", "segment", "evaluate"),
