@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def summary(study: Study, run: Path) -> str:
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
     rows = [
         ("patients in", cohort.get("patients")),
-        ("quarantined", cohort.get("quarantined")),
+        ("quarantined", _quarantined(cohort.get("quarantined", {}))),
         ("pairs out", store.read_manifest(run / "synthetic").details["pairs"]),
         ("epsilon", _epsilon(study, report)),
         *((f"Dice {name.replace('_', ' ')}", _dice(report, name)) for name in report["dice"]),
@@ -28,6 +29,11 @@ def summary(study: Study, run: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])
+
+
+def _quarantined(reasons: Mapping[str, int]) -> str:
+    listed = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    return f"{sum(reasons.values())}" + (f"  ({listed})" if listed else "")
 
 
 def _epsilon(study: Study, report: dict[str, Any]) -> str:

@@ -1,0 +1,43 @@
+"""What a person reads at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medsynth import store
+from medsynth.config import Study
+from medsynth.summary import summary
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name, details in (
+        ("cohort", {"patients": 9, "quarantined": {"no_label": 2, "non_finite": 1}}),
+        ("synthetic", {"pairs": 4}),
+    ):
+        with store.create(tmp_path / name, name, "digest") as folder:
+            folder.finish("private", details=details)
+    dice = {"mean": 0.81, "ci95": [0.79, 0.83], "n_patients": 3}
+    report = {"dice": {"real_only": dice}, "floor": {"mean": 0.6}, "epsilon": 7.99, "delta": 1e-4, "unit": "patient"}
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_it_counts_and_says_what_it_cost(tiny_study: Study, run: Path) -> None:
+    text = summary(tiny_study, run)
+    for expected in (
+        "patients in",
+        "3  (no_label 2, non_finite 1)",
+        "7.990 at delta 0.0001, unit patient",
+        "0.810  (95 %",
+    ):
+        assert expected in text
+
+
+def test_a_study_without_privacy_is_called_so(tiny_study: Study, run: Path) -> None:
+    privacy = tiny_study.privacy.model_copy(update={"epsilon": float("inf")})
+    assert "NOT PRIVATE" in summary(tiny_study.model_copy(update={"privacy": privacy}), run)
