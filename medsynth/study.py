@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
         tracker.params(configuration.flatten(study))
         for stage in STAGES:
             run_stage(study, stage, source, run, tracker, replace=replace)
+        tracker.metrics(_headline(run))
 
 
 def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace: bool = False) -> None:
@@ -109,6 +111,17 @@ def _changes(study: Study, stage: Stage, manifest: Manifest, run: Path) -> Seque
     if parents != dict(manifest.parents):
         changed.append("inputs")
     return changed
+
+
+def _headline(run: Path) -> dict[str, float]:
+    """Return what studies are compared by, for the parent run (internal, like the report that it is read from)."""
+    path = run / "report" / "report.json"
+    if not path.is_file():
+        return {}
+    report = json.loads(path.read_text(encoding="utf-8"))
+    values = {f"dice/{name}": found["mean"] for name, found in report["dice"].items()}
+    values |= {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 def _open_run(run: Path) -> None:
