@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a phantom hospital goes through all stages; ends with a summary
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
-	$(BIN)/medsynth phantom --out $(DEMO)/hospital --patients 40 --seed 0
+	$(BIN)/medsynth phantom --out $(DEMO)/hospital --patients 120 --seed 0
 	$(BIN)/medsynth run configs/demo.yaml --input $(DEMO)/hospital --out $(DEMO)/run
 	$(BIN)/medsynth verify $(DEMO)/run/release
 
