@@ -184,7 +184,7 @@ class Appearance(Section):
 
     enabled: bool = Field(True, description="needs train.pretrain_steps")
     coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients of the mean image")
-    clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
+    clip_norm: Positive | None = Field(None, description="None: the median over public phantoms")
 
 
 class Train(Section):

@@ -217,5 +217,6 @@ def create(
 
 
 def _discard(folder: StageFolder, keep: bool) -> None:
-    if not keep:
+    empty = folder.path.is_dir() and not any(folder.path.iterdir())
+    if empty or not keep:
         shutil.rmtree(folder.path, ignore_errors=True)

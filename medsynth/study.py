@@ -98,7 +98,9 @@ def run_stage(
         manifest = module.run(study, inputs, out, nested)
         elapsed_s = time.monotonic() - started
         nested.metrics({"elapsed_s": elapsed_s})
-        nested.dataset(stage.folder, manifest.digest, manifest.sensitivity)
+        for name, parent in manifest.parents.items():
+            nested.dataset(name, parent, "input")
+        nested.params({"output": stage.folder, "digest": manifest.digest, "sensitivity": manifest.sensitivity})
     logs.say(f"{stage.verb}: finished", elapsed_s=round(elapsed_s, 1), sensitivity=manifest.sensitivity)
     return manifest
 
@@ -126,6 +128,6 @@ def _headline(run: Path) -> dict[str, float]:
 
 def _open_run(run: Path) -> None:
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True, mode=0o700)  # patients' voxels lie in it
     except OSError as error:
         raise StoreError(f"cannot write the run folder: {error.strerror}") from error

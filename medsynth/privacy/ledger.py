@@ -169,6 +169,14 @@ class Ledger:
             record = {"type": "complete", "entry": entry_id, "outputs": dict(outputs)}
             self._append(records, {**record, "executed": [event.to_json() for event in ran]})
 
+    def completed(self, config_digest: str, parents: Mapping[str, str], outputs: Mapping[str, str]) -> str | None:
+        """Return the finished reservation that put out exactly ``outputs`` from these settings and folders, if any."""
+        for entry in reversed(self.entries()):
+            same = entry["config_digest"] == config_digest and entry["parents"] == dict(parents)
+            if same and entry["status"] == "complete" and entry["outputs"] == dict(outputs):
+                return str(entry["id"])
+        return None
+
     def entries(self) -> list[Record]:
         """Return the reservations in order, each with ``status`` (``reserved`` or ``complete``) and ``outputs``.
 

@@ -59,7 +59,11 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         InputError: nothing usable in the input, or a split with an empty side.
         StoreError: ``out`` exists or cannot be written.
     """
-    source = inputs["source"]
+    source = inputs.get("source")
+    if source is None:
+        raise InputError(
+            "no cohort was given: add --input with the hospital's folder (DICOM, MSD, nnU-Net or image pairs)"
+        )
     with create(out, "ingest", config_digest(config, "ingest")) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # readers warn with the values of headers, which may name a patient
         cases = discover(source, config.ingest)

@@ -71,7 +71,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             _write_settings(config, folder.path)
             return folder.finish("public", details={"source": "public_shapes"})
     parents = stage_inputs(inputs, "cohort")
-    with store.create(out, "masks", digest, parents) as folder:
+    with store.create(out, "masks", digest, parents, keep_partial=True) as folder:
         space = ShapeSpace(config.grid, config.masks)
         entry = _release(config, inputs, space, digest, folder.path)
         _write_settings(config, folder.path)
@@ -120,9 +120,16 @@ def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, diges
     from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.ledger import Ledger
 
+    ledger, path = Ledger(inputs["ledger"]), folder / STATISTICS
+    cohort = {"cohort": store.read_manifest(inputs["cohort"]).digest}
+    if path.is_file():
+        before = ledger.completed(digest, cohort, {STATISTICS: store.digest_file(path)})
+        if before is not None:
+            logs.say("going on with the statistics that an interrupted run released")
+            return before
+        path.unlink()
     plan = plan_budget(config.privacy, config.train, config.masks)
     sums = _plan_sums(config, space, plan.masks_noise_multiplier)
-    ledger = Ledger(inputs["ledger"])
     entry = ledger.reserve(
         "masks",
         [sums.mean, sums.spread],
@@ -130,7 +137,7 @@ def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, diges
         delta=config.privacy.delta,
         noise_source=config.privacy.entropy,
         config_digest=digest,
-        parents={"cohort": store.read_manifest(inputs["cohort"]).digest},
+        parents=cohort,
         resume=True,
     )
     patients = load_patients(inputs["cohort"], config.grid, "train")
@@ -140,7 +147,7 @@ def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, diges
     # Completed before anything is on disk: a killed run either released nothing, and goes on within its reservation,
     # or has used it up.
     ledger.complete(entry, {STATISTICS: hashlib.sha256(released.getvalue()).hexdigest()})
-    (folder / STATISTICS).write_bytes(released.getvalue())
+    path.write_bytes(released.getvalue())
     logs.say("mask statistics released", noise_multiplier=plan.masks_noise_multiplier, clip_norm=sums.mean.clip_norm)
     return entry
 

@@ -39,9 +39,10 @@ from medsynth.tracking import Tracker
 
 if TYPE_CHECKING:
     from medsynth.imaging.cohort import Patient
-    from medsynth.privacy.accounting import Event
     from medsynth.privacy.budget import BudgetPlan
+    from medsynth.privacy.entropy import Entropy
     from medsynth.privacy.gradients import Backend
+    from medsynth.privacy.journal import StepJournal
     from medsynth.privacy.ledger import Ledger
     from medsynth.privacy.mechanism import DpSgd
 
@@ -118,7 +119,8 @@ def _sensitivity(job: _Run, entries: tuple[str, ...]) -> store.Sensitivity:
 
 def _open_state(job: _Run) -> dict[str, Any]:
     """Return what an interrupted run of the same settings left, or start afresh."""
-    wanted = {"digest": job.digest, "parents": job.parents}
+    read = ("cohort", "autoencoder", "masks")
+    wanted = {"digest": job.digest, "parents": {name: store.read_manifest(job.inputs[name]).digest for name in read}}
     path = job.folder / _STATE
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -197,6 +199,9 @@ def _appearance(job: _Run, state: dict[str, Any]) -> AppearanceStatistics:
     from medsynth.privacy.mechanism import GaussianSum
 
     path = job.folder / APPEARANCE
+    if "appearance" not in state["entries"] and path.is_file():
+        before = _ledger(job).completed(job.digest, job.parents, {APPEARANCE: store.digest_file(path)})
+        state["entries"] |= {"appearance": before} if before else {}
     if "appearance" not in state["entries"]:
         config = job.config
         space = AppearanceSpace(config.grid, config.train.appearance)
@@ -332,10 +337,19 @@ def _train_private(job: _Run, built: Generator, state: dict[str, Any]) -> None:
         state["entries"]["training"] = _reserve(job, [mechanism], preflight=evidence.to_json(), sensitivity=_unit(job))
         _save_state(job, state)
     journal = StepJournal(path, settings.steps)
-    _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy))
+    curve = _epsilon_curve(job, mechanism, state["entries"]["training"])
+    _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy), curve)
 
 
-def _private_steps(job: _Run, built: Generator, backend: Backend, mechanism: DpSgd, journal: Any, entropy: Any) -> None:
+def _private_steps(
+    job: _Run,
+    built: Generator,
+    backend: Backend,
+    mechanism: DpSgd,
+    journal: StepJournal,
+    entropy: Entropy,
+    curve: Mapping[int, float],
+) -> None:
     settings = job.config.train
     model = built.denoiser
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -343,7 +357,6 @@ def _private_steps(job: _Run, built: Generator, backend: Backend, mechanism: DpS
     ema = open_ema(model, settings.ema_decay)
     _restore(job, model, optimizer, ema)
     encoded = _encode_patients(job, built)
-    curve = _epsilon_curve(job, mechanism)
     steps = journal.claimed_steps(_CLAIM)
     for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
         units = [
@@ -414,11 +427,12 @@ def _reserve(job: _Run, mechanisms: list[Any], **more: Any) -> str:
     )
 
 
-def _epsilon_curve(job: _Run, mechanism: DpSgd) -> dict[int, float]:
-    """Return epsilon of everything in the ledger with only the first t steps of this training, for a few t."""
+def _epsilon_curve(job: _Run, mechanism: DpSgd, entry: str) -> dict[int, float]:
+    """Return epsilon of everything in the ledger with only the first t steps of reservation ``entry``, for a few t."""
     from medsynth.privacy.accounting import epsilon
+    from medsynth.privacy.ledger import events_of
 
-    before: list[Event] = [event for stage in ("masks", "appearance") for event in _plan(job).events.get(stage, ())]
+    before = events_of([other for other in _ledger(job).entries() if other["id"] != entry])
     points = np.unique(np.linspace(1, mechanism.steps, _EPSILON_POINTS).astype(int))
     event = mechanism.event()
     return {int(t): epsilon([*before, replace(event, count=int(t))], job.config.privacy.delta) for t in points}

@@ -48,6 +48,12 @@ def test_a_folder_that_is_not_there(study: Path, tmp_path: Path, monkeypatch: An
     assert str(tmp_path) not in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_no_input_at_all(study: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert command(monkeypatch, "run", study, "--out", tmp_path / "run") == 3
+    assert "add --input" in capsys.readouterr().err
+    assert leftovers(tmp_path / "run") == []
+
+
 def test_a_typo_in_the_configuration(study: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     study.write_text(study.read_text().replace("epsilon:", "epsilom:"), encoding="utf-8")
     assert command(monkeypatch, "run", study, "--input", tmp_path, "--out", tmp_path / "run") == 2

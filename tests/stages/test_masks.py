@@ -147,7 +147,7 @@ def test_without_privacy_it_is_internal_and_says_so(
 def test_pitfall_14_no_kill_buys_a_second_release(
     where: str, tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is released a run goes on within its reservation; after it, the next one is charged."""
+    """A run goes on within its reservation, or with what it released; without that, the next one is charged."""
     inputs = inputs_of(tmp_path)
     make_cohort(tiny_study, inputs["cohort"])
     ledger = Ledger(inputs["ledger"])
@@ -161,11 +161,37 @@ def test_pitfall_14_no_kill_buys_a_second_release(
             with pytest.raises(KeyboardInterrupt):
                 masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
         assert not (tmp_path / "masks").exists()
-    if where == "measuring":
+    left = store.partial(tmp_path / "masks")
+    if where == "writing":
+        released = (left / masks.STATISTICS).read_bytes()
+    masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
+    assert [entry["status"] for entry in ledger.entries()] == ["complete"]
+    if where == "writing":
+        assert (tmp_path / "masks" / masks.STATISTICS).read_bytes() == released
+
+
+def test_pitfall_14_a_release_that_was_thrown_away_is_charged_again(
+    tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(tmp_path)
+    make_cohort(tiny_study, inputs["cohort"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for changed in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "_write_settings", killed)
+            with pytest.raises(KeyboardInterrupt):
+                masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
+        statistics = store.partial(tmp_path / "masks") / masks.STATISTICS
+        if changed:
+            statistics.write_bytes(statistics.read_bytes() + b"0")
+        else:
+            statistics.unlink()
+    with pytest.raises(BudgetError):
         masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
-        assert [entry["status"] for entry in ledger.entries()] == ["complete"]
-    else:
-        assert [entry["status"] for entry in ledger.entries()] == ["complete", "complete"]
+    assert [entry["status"] for entry in Ledger(inputs["ledger"]).entries()] == ["complete", "complete"]
 
 
 def test_a_spent_budget_is_refused_before_a_patient_is_read(
