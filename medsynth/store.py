@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,11 @@ class Manifest:
 def canonical_json(value: Any) -> bytes:
     """Return the one byte string that stands for ``value`` (sorted keys, no blanks, UTF-8)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def manifest_text(values: Mapping[str, Any]) -> bytes:
+    """Return the bytes of ``manifest.json`` for a manifest's fields."""
+    return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def digest_of(value: Any) -> str:
@@ -139,6 +144,7 @@ class StageFolder:
         *,
         ledger_entries: tuple[str, ...] = (),
         details: Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> Manifest:
         """Digest every file, write the manifest, and rename the folder into place.
 
@@ -146,6 +152,7 @@ class StageFolder:
             sensitivity: the most sensitive kind of value in the folder.
             ledger_entries: ids of the ledger entries whose outputs lie here.
             details: stage-specific JSON values.
+            check: looks at the complete folder before it is renamed into place; when it raises, nothing appears.
         """
         values = dict(details or {})
         if sensitivity == "private":
@@ -162,11 +169,12 @@ class StageFolder:
             files=digest_tree(self.path),
             details=values,
         )
-        text = json.dumps(asdict(self.manifest), indent=1, sort_keys=True, ensure_ascii=False)
-        with (self.path / MANIFEST).open("w", encoding="utf-8") as handle:
-            handle.write(text + "\n")
+        with (self.path / MANIFEST).open("wb") as handle:
+            handle.write(manifest_text(asdict(self.manifest)))
             handle.flush()
             os.fsync(handle.fileno())
+        if check is not None:
+            check(self.path)
         os.replace(self.path, self.final)
         return self.manifest
 

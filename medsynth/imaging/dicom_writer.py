@@ -33,6 +33,8 @@ PUBLIC_DATE = "20000101"
 PUBLIC_TIME = "000000"
 SYNTHESIZING_EQUIPMENT = ("109100", "DCM", "Synthesizing Equipment")
 DEIDENTIFICATION_METHOD = "Synthetic data: not derived from one patient"
+UNCERTIFIED_METHOD = "Synthetic data without privacy promise: may resemble patients"
+"""Stands for :data:`DEIDENTIFICATION_METHOD` where no certificate bounds what was learnt from one patient."""
 GREY_LEVELS = 1000
 """Released grey images hold 0 to 1000 for the range -1 to 1."""
 # A slice axis further off the plane's normal than this (sine of the angle) cannot be written as parallel slices.
@@ -68,6 +70,7 @@ class SeriesMeta:
     patient_id: str
     patient_name: str
     synthetic: bool = True
+    method: str = DEIDENTIFICATION_METHOD
     colour: bool = False
     description: str = ""
     series_number: int = 1
@@ -160,6 +163,7 @@ def write_pair_dicom(
     labels: Mapping[int, str],
     patient_id: str,
     modality: str,
+    certified: bool = True,
 ) -> None:
     """Write one synthetic pair to ``folder/<patient_id>/image/*.dcm`` and ``folder/<patient_id>/seg.dcm``.
 
@@ -171,6 +175,7 @@ def write_pair_dicom(
         labels: label value to name.
         patient_id: synthetic identifier.
         modality: MR, CT, ES, US or OT.
+        certified: whether the header may say that no single patient stands behind the image.
 
     Raises:
         InputError: shapes that do not fit each other, or a colour volume.
@@ -187,7 +192,14 @@ def write_pair_dicom(
         affine = _centred_affine(label.shape, spacing_mm) @ np.diag([-1.0, -1.0, 1.0, 1.0])
         affine[:3, 3] *= np.array([-1, -1, 1])
         voxels, label = voxels[::-1, ::-1], label[::-1, ::-1]
-    meta = SeriesMeta(modality, patient_id, f"Synthetic^{patient_id}", colour=len(image) == 3, description="Synthetic")
+    meta = SeriesMeta(
+        modality,
+        patient_id,
+        f"Synthetic^{patient_id}",
+        method=DEIDENTIFICATION_METHOD if certified else UNCERTIFIED_METHOD,
+        colour=len(image) == 3,
+        description="Synthetic",
+    )
     series = write_series(folder / patient_id / "image", voxels, affine, meta)
     write_segmentation(folder / patient_id / "seg.dcm", label, series, labels)
 
@@ -264,18 +276,18 @@ def _common(meta: SeriesMeta, study_uid: str, series_uid: str, frame_uid: str | 
     if frame_uid is not None:
         dataset.FrameOfReferenceUID, dataset.PositionReferenceIndicator = frame_uid, ""
     if meta.synthetic:
-        mark_synthetic(dataset)
+        mark_synthetic(dataset, meta.method)
     return dataset
 
 
-def mark_synthetic(dataset: Dataset) -> None:
-    """Set the attributes that say that no patient is behind an object (see the module's text)."""
+def mark_synthetic(dataset: Dataset, method: str) -> None:
+    """Set the attributes that say that an object is synthetic, and by what ``method`` (see the module's text)."""
     from highdicom import ContributingEquipment
     from highdicom.sr import CodedConcept
 
     dataset.SyntheticData = "YES"
     dataset.PatientIdentityRemoved = "YES"
-    dataset.DeidentificationMethod = DEIDENTIFICATION_METHOD
+    dataset.DeidentificationMethod = method
     dataset.BurnedInAnnotation = "NO"
     equipment = ContributingEquipment(
         "medsynth",
@@ -393,4 +405,4 @@ def _finish_segmentation(dataset: Dataset, image: Dataset, uids: UidSource) -> N
     if "FrameOfReferenceUID" not in image:
         dataset.PatientOrientation = ""
     if image.get("SyntheticData") == "YES":
-        mark_synthetic(dataset)
+        mark_synthetic(dataset, image.DeidentificationMethod)

@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from medsynth.config import Study
 from medsynth.release.statement import NOT_COVERED, Claim
 
+_HOW = """\
+A generator of label maps and a mask-conditioned latent diffusion model learnt from a cohort at a hospital; every pair
+was then sampled from the two."""
+_HOW_CERTIFIED = """ No patient's image or segmentation conditioned a pair, and no pair was selected by
+comparing it with patients."""
+_HOW_TO_CHECK = """\
+Install medsynth from the repository of its authors (a package of that name in a registry may be somebody else's), then
+`medsynth verify RELEASE --key public.pem`, with a `public.pem` that you received from the hospital by another way.
+`verify` itself loads no PyTorch and needs no GPU, no data and no network."""
+
 
 def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
     """Return ``DATASET_CARD.md``.
@@ -23,18 +33,23 @@ def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
     labels = "\n".join(f"| {value} | {name} |" for value, name in sorted(grid.labels.items()))
     privacy = _claim_in_words(claim) if claim else "**None. This release carries no certificate (see `UNCERTIFIED`).**"
     about = f" {config.description}" if config.description else ""
+    shown = "No image shows a patient." if claim else "Images may resemble patients of the cohort; see `UNCERTIFIED`."
+    check = (
+        _HOW_TO_CHECK
+        if claim
+        else "There is nothing to check: `medsynth verify` refuses a release without a certificate."
+    )
+    sampled = f"{_HOW}{_HOW_CERTIFIED}" if claim else _HOW
     return f"""# {export.dataset_name}: a synthetic dataset
 
 {pairs} pairs of a synthetic image and its segmentation ({grid.modality}, {grid.spatial_dims}D, {spacing}).
-No image shows a patient.{about}
+{shown}{about}
 
 ## Privacy
 {privacy}
 
 ## How it was made
-A generator of label maps and a mask-conditioned latent diffusion model learnt from a cohort at a hospital; every pair
-was then sampled from the two. No patient's image or segmentation conditioned a pair, and no pair was selected by
-comparing it with patients.
+{sampled}
 
 ## Files
 - `nifti/` the pairs in the layout of the Medical Segmentation Decathlon (`dataset.json`, `imagesTr/`, `labelsTr/`);
@@ -54,8 +69,7 @@ before use. Rare findings may be absent, contrasts smoother than real ones, and 
 are not promised to be right. Images carry a hospital's equipment and population as far as the generator learnt them.
 
 ## How to check it
-Install medsynth with its core dependencies (`pip install medsynth`; PyTorch and a GPU are not needed), then
-`medsynth verify RELEASE --key public.pem`, with a `public.pem` that you received from the hospital by another way.
+{check}
 
 ## Licence
 {export.licence}
@@ -104,7 +118,7 @@ Without any promise the second column could be 100 %; a blind guess gives the fi
 ## What one patient is
 {claim.linkage}
 
-## Public inputs (cost nothing)
+## Inputs that cost nothing further
 {public}
 
 ## What the promise does not cover

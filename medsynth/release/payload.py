@@ -39,7 +39,7 @@ class Pair(Protocol):
         """``*spatial`` label values."""
 
 
-def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Export) -> int:
+def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Export, *, certified: bool = False) -> int:
     """Write ``nifti/``, ``dicom/`` and ``png/`` (as ``export.formats`` asks) below ``folder``.
 
     Args:
@@ -47,6 +47,7 @@ def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Expor
         pairs: synthetic pairs at their native size; renamed ``synthetic_0001``, ``synthetic_0002``, ...
         grid: public spacing, label names and modality.
         export: formats, number of DICOM pairs, names.
+        certified: whether a certificate will stand behind the pairs; without one nothing says that no patient is shown.
 
     Returns:
         number of pairs written.
@@ -61,24 +62,24 @@ def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Expor
         if "nifti" in export.formats:
             _write_nifti(folder / "nifti", name, pair, grid)
         if "dicom" in export.formats and number <= export.dicom_pairs:
-            _write_dicom(folder / "dicom", name, pair, grid)
+            _write_dicom(folder / "dicom", name, pair, grid, certified)
         if "png" in export.formats and grid.spatial_dims == 2:
             _write_png(folder / "png", name, pair, grid)
         names.append(name)
     if not names:
         raise CertificationError("the folder of stage 'synthesise' holds no pair: run it again")
     if "nifti" in export.formats:
-        write_json(folder / "nifti" / "dataset.json", msd_dataset(names, grid, export))
+        write_json(folder / "nifti" / "dataset.json", msd_dataset(names, grid, export, certified))
     return len(names)
 
 
-def msd_dataset(names: list[str], grid: Grid, export: Export) -> dict[str, Any]:
+def msd_dataset(names: list[str], grid: Grid, export: Export, certified: bool) -> dict[str, Any]:
     """Return ``dataset.json`` of the Medical Segmentation Decathlon layout (labels map a value to its name)."""
     modality = dict(enumerate(_COLOURS)) if grid.channels == 3 else {0: _MODALITY_NAMES[grid.modality]}
+    shown = "no image shows a patient" if certified else "images may resemble patients of the cohort, see UNCERTIFIED"
     return {
         "name": export.dataset_name,
-        "description": "SYNTHETIC images with segmentations, made by medsynth; no image shows a patient. "
-        "See DATASET_CARD.md",
+        "description": f"SYNTHETIC images with segmentations, made by medsynth; {shown}. See DATASET_CARD.md",
         "reference": "medsynth",
         "licence": export.licence,
         "release": "1.0",
@@ -130,7 +131,7 @@ def _save_nifti(path: Path, array: npt.NDArray[Any], spacing_mm: tuple[float, ..
     path.write_bytes(gzip.compress(picture.to_bytes(), _FASTEST_USEFUL, mtime=0))
 
 
-def _write_dicom(folder: Path, name: str, pair: Pair, grid: Grid) -> None:
+def _write_dicom(folder: Path, name: str, pair: Pair, grid: Grid, certified: bool) -> None:
     # highdicom is slow to import, and needed for this format only
     from medsynth.imaging.dicom_writer import write_pair_dicom
 
@@ -142,6 +143,7 @@ def _write_dicom(folder: Path, name: str, pair: Pair, grid: Grid) -> None:
         labels=grid.labels,
         patient_id=name,
         modality=grid.modality,
+        certified=certified,
     )
 
 

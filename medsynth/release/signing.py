@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -52,7 +52,7 @@ def load_or_create_key(folder: Path) -> Ed25519PrivateKey:
 
 def public_pem(key: Ed25519PrivateKey) -> bytes:
     """Return the public half of ``key`` as PEM (SubjectPublicKeyInfo)."""
-    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return _pem(key.public_key())
 
 
 def key_id(pem: bytes) -> str:
@@ -62,6 +62,15 @@ def key_id(pem: bytes) -> str:
         VerificationError: ``pem`` is no Ed25519 public key.
     """
     return _key_id(_load_public(pem))
+
+
+def canonical_pem(pem: bytes) -> bytes:
+    """Return the one PEM text that stands for the key in ``pem``, as :func:`public_pem` writes it.
+
+    Raises:
+        VerificationError: ``pem`` is no Ed25519 public key.
+    """
+    return _pem(_load_public(pem))
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:
@@ -136,10 +145,14 @@ def _create_key(path: Path) -> None:
     (path.parent / "public.pem").write_bytes(public_pem(key))
 
 
+def _pem(key: Ed25519PublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def _load_public(pem: bytes) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(pem)
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise VerificationError("the public key is no PEM file") from error
     if not isinstance(key, Ed25519PublicKey):
         raise VerificationError("the public key is no Ed25519 key")

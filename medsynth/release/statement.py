@@ -43,9 +43,14 @@ NOT_COVERED: tuple[str, ...] = (
     "one person who is registered under two identifiers: he or she counts as two units",
     "what is true of the population: a release may teach that a disease has a look, and so something about everybody "
     "who has it, whether in the cohort or not",
-    "other releases made from the same cohort and not listed here: their epsilons add up",
+    "other releases made from the same cohort: this ledger does not know them, and their epsilons add up",
     "that the public inputs hold no patient of this cohort",
 )
+
+EARLIER_RELEASES = (
+    "unknown to this ledger: what other ledgers charged for the same patients is to be added to epsilon_of_this_ledger"
+)
+"""A ledger knows its own run only, so the statement must not say that there was no release before."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def linkage_rule(config: Study) -> str:
 
 
 def public_inputs(config: Study) -> list[str]:
-    """Return what entered the release without costing privacy, with its provenance."""
+    """Return what entered the release without costing privacy (beyond what is charged), with its provenance."""
     phantoms = config.encode.phantoms
     learnt = f"learnt from {phantoms.count} procedural phantoms (seed {phantoms.seed}), drawn by medsynth from no image"
     codec = learnt if config.encode.codec == "kl" else "fixed and orthonormal, learnt from nothing"
@@ -139,10 +144,20 @@ def public_inputs(config: Study) -> list[str]:
         "voxel grid, label names, size range and every knob: constants of the configuration",
     ]
     if config.train.pretrain_steps:
-        inputs.append(f"pre-training of the denoiser on {config.train.pretrain_phantoms} procedural phantoms")
+        inputs.append(f"pre-training of the denoiser on {config.train.pretrain_phantoms} {_pretraining(config)}")
     if config.masks.source == "public_shapes":
         inputs.append("label maps from public shapes")
     return inputs
+
+
+def _pretraining(config: Study) -> str:
+    """Return what the phantoms of pre-training were made of; what came from patients was charged at its release."""
+    drawn, dressed = config.masks.source == "statistics", config.train.appearance.enabled
+    if drawn:
+        return f"phantoms drawn from the released mask {'and appearance ' if dressed else ''}statistics (charged above)"
+    if dressed:
+        return "phantoms of public shapes, with intensities from the released appearance statistics (charged above)"
+    return "procedural phantoms"
 
 
 def implementation() -> dict[str, str]:
@@ -165,6 +180,7 @@ def build(
     ledger: Mapping[str, Any],
     ancestry: Sequence[Mapping[str, Any]],
     public: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the statement that is signed.
 
@@ -176,6 +192,7 @@ def build(
         ledger: head (hash of the last line) and number of entries.
         ancestry: nodes of the walk back to the cohort.
         public: public inputs in words.
+        facts: what the manifests of the two last folders are computed from, see ``release/manifests.py``.
     """
     return {
         "_type": STATEMENT_TYPE,
@@ -189,8 +206,9 @@ def build(
             "ancestry": [dict(node) for node in ancestry],
             "not_covered": list(NOT_COVERED),
             "public_inputs": list(public),
-            "earlier_releases": [],
-            "cumulative_epsilon": claim.epsilon,
+            "epsilon_of_this_ledger": claim.epsilon,
+            "earlier_releases": EARLIER_RELEASES,
+            "build": dict(facts),
             "implementation": implementation(),
         },
     }

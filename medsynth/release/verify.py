@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import RELATION, UNIT, Ledger
 from medsynth.release import signing, spending
 from medsynth.release.ancestry import broken_edges, parse_nodes
+from medsynth.release.manifests import release_manifest
 from medsynth.release.marks import ANCESTRY, CERTIFICATE, LEDGER, PUBLIC_KEY, UNCERTIFIED, UNSIGNED
 from medsynth.release.statement import PREDICATE_TYPE, STATEMENT_TYPE
-from medsynth.store import MANIFEST, digest_file
+from medsynth.store import MANIFEST, canonical_json, digest_file, digest_tree, manifest_text
 
 EPSILON_TOLERANCE = 1e-6
 """Claims are rounded up; this much only covers floating-point differences between machines."""
@@ -130,7 +131,9 @@ def verify(release: Path, public_key: Path | None = None) -> Report:
     questions: dict[str, Callable[[], Sequence[str]]] = {
         "statement": lambda: _statement(statement),
         "files": lambda: _files(release, statement),
+        "key": lambda: _key(release, pem, known),
         "manifest": lambda: _manifest(release),
+        "origin": lambda: _origin(release, statement),
         "ledger": lambda: _ledger(release, predicate),
         "ancestry": lambda: _ancestry(release, predicate),
         "claim": lambda: _claim(claim),
@@ -190,8 +193,18 @@ def _signature(release: Path, pem: bytes, opened: list[tuple[dict[str, Any], byt
     if not pem:
         return [f"{PUBLIC_KEY} is missing or unreadable, and no key was given"]
     signing.check_signature(envelope, payload, pem)
-    if (release / PUBLIC_KEY).is_file() and signing.key_id((release / PUBLIC_KEY).read_bytes()) != signing.key_id(pem):
-        return [f"{PUBLIC_KEY} in the release is not the key that was given"]
+    return []
+
+
+def _key(release: Path, pem: bytes, given: bool) -> list[str]:
+    path = release / PUBLIC_KEY
+    if not path.is_file():
+        return [f"{PUBLIC_KEY} is missing"]
+    if not pem or path.read_bytes() != signing.canonical_pem(pem):
+        which = (
+            "is not the key that was given" if given else "was changed: it is not a public key as 'certify' writes it"
+        )
+        return [f"{PUBLIC_KEY} in the release {which}"]
     return []
 
 
@@ -220,16 +233,33 @@ def _files(release: Path, statement: Mapping[str, Any]) -> list[str]:
 
 
 def _manifest(release: Path) -> list[str]:
-    path = release / MANIFEST
-    if not path.exists():
-        return []
-    files = json.loads(path.read_text(encoding="utf-8"))["files"]
-    wrong = sorted(
-        name
-        for name, digest in files.items()
-        if not (release / name).is_file() or digest_file(release / name) != digest
-    )
-    return [f"{MANIFEST} gives another digest for {name}" for name in wrong]
+    raw, values = _read_manifest(release)
+    named, found = _mapping(values, "files"), digest_tree(release)
+    wrong = sorted(name for name in named.keys() | found.keys() if named.get(name) != found.get(name))
+    problems = [f"{MANIFEST} gives another digest for {name}, or does not know it" for name in wrong]
+    if raw != manifest_text(values):
+        problems.append(f"{MANIFEST} was changed: it is not the text that 'export' writes")
+    return problems
+
+
+def _origin(release: Path, statement: Mapping[str, Any]) -> list[str]:
+    """Compare the manifest with the one that follows from the signed statement."""
+    _, values = _read_manifest(release)
+    expected = release_manifest(statement, digest_file(release / CERTIFICATE), digest_file(release / PUBLIC_KEY))
+    wanted: dict[str, Any] = json.loads(canonical_json(asdict(expected)))
+    wrong = sorted(key for key in wanted.keys() | values.keys() if key not in values or values[key] != wanted.get(key))
+    return [f"{MANIFEST}: '{key}' is not what follows from the certificate" for key in wrong]
+
+
+def _read_manifest(release: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        raw = (release / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise VerificationError(f"{MANIFEST} is missing") from None
+    values = _parse(raw)
+    if not values:
+        raise VerificationError(f"{MANIFEST} was changed: it is no JSON object")
+    return raw, values
 
 
 def _ledger(release: Path, predicate: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from medsynth import store
+from medsynth import __version__, store
 from medsynth.config import Study
 from medsynth.errors import CertificationError
 from medsynth.logs import say
@@ -29,7 +29,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         tracker: unused; a release is not an experiment.
 
     Raises:
-        CertificationError: the certificate is uncertified and the configuration does not allow that.
+        CertificationError: the certificate is uncertified and the configuration does not allow that, or it was written
+            by another version of medsynth.
         VerificationError: the release would not verify.
     """
     folders = stage_inputs(inputs, "certificate")
@@ -43,6 +44,10 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         )
     if not uncertified and not manifest.releasable:
         raise CertificationError(f"the certificate folder is {manifest.sensitivity}, and only released files may leave")
+    if not uncertified and manifest.medsynth_version != __version__:
+        raise CertificationError(
+            f"the certificate was written by medsynth {manifest.medsynth_version}, this is {__version__}: certify again"
+        )
     with store.create(out, "export", config_digest(config, "export"), folders) as folder:
         shutil.copytree(certificate / PAYLOAD, folder.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
         if uncertified:
@@ -50,6 +55,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             return folder.finish("internal")
         for name in (CERTIFICATE, PUBLIC_KEY):
             shutil.copyfile(certificate / name, folder.path / name)
-        verify(folder.path, certificate / PUBLIC_KEY).require()
-        say("exported", files=len(store.digest_tree(folder.path)))
-        return folder.finish("released")
+        key = certificate / PUBLIC_KEY
+        finished = folder.finish("released", check=lambda path: verify(path, key).require())
+        say("exported", files=len(finished.files))
+        return finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import stat
@@ -17,6 +18,8 @@ from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import CertificationError, StoreError, VerificationError
 from medsynth.privacy.accounting import Event
+from medsynth.release import statement
+from medsynth.release.manifests import certificate_manifest, release_manifest
 from medsynth.release.verify import verify
 from medsynth.stages import certify, export
 from medsynth.tracking import Tracker
@@ -125,6 +128,29 @@ def test_disagreeing_accountants_stop_everything(monkeypatch: pytest.MonkeyPatch
         certify.agreeing_accountants([], 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("pld", "prv", "agree"),
+    [
+        (0.5, 0.519, True),
+        (0.5, 0.521, False),
+        (8.0, 8.0106, True),
+        (8.0, 8.021, False),
+        (50.0, 50.09, True),
+        (50.0, 50.11, False),
+    ],
+)
+def test_accountants_agree_absolutely_up_to_epsilon_ten(
+    monkeypatch: pytest.MonkeyPatch, pld: float, prv: float, agree: bool
+) -> None:
+    answers = {"pld": pld, "prv": prv, "rdp": 2 * pld}
+    monkeypatch.setattr(certify, "epsilon", lambda events, delta, accountant: answers[accountant])
+    if agree:
+        assert certify.agreeing_accountants([], 1e-4) == answers
+    else:
+        with pytest.raises(CertificationError, match="disagree"):
+            certify.agreeing_accountants([], 1e-4)
+
+
 def test_uncertifiable_run_is_refused_and_leaves_no_folder(fake_run: Run, fake_study: Make) -> None:
     run = fake_run(nonprivate=True)
     with pytest.raises(CertificationError, match=r"export\.uncertified: true"):
@@ -136,7 +162,7 @@ def test_uncertifiable_run_is_refused_and_leaves_no_folder(fake_run: Run, fake_s
     "wrong", [{"nonprivate": True, "generator_sensitivity": "internal"}, {"noise_source": "test_only"}]
 )
 def test_uncertified_release_says_so_and_never_verifies(fake_run: Run, fake_study: Make, wrong: dict[str, Any]) -> None:
-    run, study = fake_run(**wrong), fake_study(export={"uncertified": True, "formats": ["nifti"]})
+    run, study = fake_run(**wrong), fake_study(export={"uncertified": True, "formats": ["nifti", "dicom"]})
     manifest = certify.run(study, inputs_of(run), run / "certificate", Tracker())
     assert manifest.sensitivity == "internal"
     assert not (run / "certificate" / "certificate.dsse.json").exists()
@@ -144,8 +170,75 @@ def test_uncertified_release_says_so_and_never_verifies(fake_run: Run, fake_stud
     assert "no privacy promise" in (run / "release" / "UNCERTIFIED").read_text()
     assert "no certificate" in (run / "release" / "DATASET_CARD.md").read_text()
     assert "epsilon = " not in (run / "release" / "PRIVACY.md").read_text()
+    _promises_nothing(run / "release")
     report = verify(run / "release")
     assert not report.ok and any("UNCERTIFIED" in failure for failure in report.failures)
+
+
+def _promises_nothing(release: Path) -> None:
+    import pydicom
+
+    card, dataset = (release / "DATASET_CARD.md").read_text(), (release / "nifti" / "dataset.json").read_text()
+    assert "Images may resemble patients of the cohort; see `UNCERTIFIED`" in card
+    for text in (card, dataset):
+        assert "resemble patients" in text and "image shows a patient" not in text
+    assert "conditioned a pair" not in card  # nobody vouches for it
+    files = list((release / "dicom").rglob("*.dcm"))
+    methods = {str(pydicom.dcmread(path).DeidentificationMethod) for path in files}
+    assert methods == {"Synthetic data without privacy promise: may resemble patients"}
+
+
+def test_certified_release_says_that_no_image_shows_a_patient(certified_run: Path) -> None:
+    release = certified_run / "release"
+    assert "No image shows a patient." in (release / "DATASET_CARD.md").read_text()
+    assert "no image shows a patient" in (release / "nifti" / "dataset.json").read_text()
+
+
+def test_card_sends_nobody_to_a_registry(certified_run: Path) -> None:
+    card = (certified_run / "release" / "DATASET_CARD.md").read_text()
+    assert "pip install" not in card
+    assert "from the repository of its authors" in card and "loads no PyTorch" in card
+
+
+PRETRAINING: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
+    ({}, {}, "phantoms drawn from the released mask and appearance statistics (charged above)"),
+    ({}, {"appearance": {"enabled": False}}, "phantoms drawn from the released mask statistics (charged above)"),
+    ({"source": "public_shapes"}, {}, "intensities from the released appearance statistics (charged above)"),
+    ({"source": "public_shapes"}, {"appearance": {"enabled": False}}, "procedural phantoms"),
+    ({}, {"pretrain_steps": 0, "appearance": {"enabled": False}}, None),
+]
+
+
+@pytest.mark.parametrize(("masks", "train", "words"), PRETRAINING)
+def test_public_inputs_tell_what_pretraining_was_made_of(
+    fake_study: Make, masks: dict[str, Any], train: dict[str, Any], words: str | None
+) -> None:
+    lines = [line for line in statement.public_inputs(fake_study(masks=masks, train=train)) if "pre-training" in line]
+    if words is None:
+        assert not lines
+    else:
+        (line,) = lines
+        assert line.endswith(words) and ("charged above" in line or "procedural" in line)
+
+
+def test_certificate_of_another_version_is_not_exported(
+    fake_run: Run, fake_study: Make, one_accountant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, study = fake_run(), fake_study(export={"formats": ["nifti"]})
+    certify.run(study, inputs_of(run), run / "certificate", Tracker())
+    monkeypatch.setattr(export, "__version__", "99")
+    with pytest.raises(CertificationError, match="certify again"):
+        export.run(study, {"certificate": run / "certificate"}, run / "release", Tracker())
+    assert not (run / "release").exists()
+
+
+def test_manifests_follow_from_the_statement(certified_run: Path) -> None:
+    certificate = certified_run / "certificate"
+    envelope = json.loads((certificate / "certificate.dsse.json").read_text())
+    signed = json.loads(base64.b64decode(envelope["payload"]))
+    digests = [store.digest_file(certificate / name) for name in ("certificate.dsse.json", "public.pem")]
+    for folder, manifest in (("certificate", certificate_manifest), ("release", release_manifest)):
+        assert manifest(signed, *digests).digest == store.read_manifest(certified_run / folder).digest
 
 
 def test_uncertified_certificate_is_not_exported_by_another_config(fake_run: Run, fake_study: Make) -> None:

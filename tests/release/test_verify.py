@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medsynth import store
 from medsynth.errors import VerificationError
 from medsynth.privacy.ledger import Ledger
 from medsynth.release import signing
+from medsynth.release.manifests import release_manifest
 from medsynth.release.verify import Report, verify
 
 IMAGE = "nifti/imagesTr/synthetic_0001.nii.gz"
@@ -43,7 +46,22 @@ def sign_again(release: Path, keys: Path, edit: Callable[[dict[str, Any]], None]
     key = signing.load_or_create_key(keys)
     (release / "certificate.dsse.json").write_text(json.dumps(signing.sign(json.dumps(statement).encode(), key)))
     (release / "public.pem").write_bytes(signing.public_pem(key))
-    (release / "manifest.json").unlink()
+    close_again(release, statement)
+
+
+def close_again(release: Path, statement: dict[str, Any]) -> None:
+    """Write the manifest that follows from a statement, as the attacker may do too; none where it lacks a part."""
+    digests = [store.digest_file(release / name) for name in ("certificate.dsse.json", "public.pem")]
+    try:
+        manifest = release_manifest(statement, *digests)
+    except (KeyError, TypeError):
+        return
+    (release / "manifest.json").write_bytes(store.manifest_text(asdict(manifest)))
+
+
+def edit_manifest(release: Path, **values: Any) -> None:
+    manifest = json.loads((release / "manifest.json").read_text())
+    (release / "manifest.json").write_bytes(store.manifest_text({**manifest, **values}))
 
 
 def edit_in_place(release: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -127,6 +145,31 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest_edited": (
         lambda r: (r / "manifest.json").write_text((r / "manifest.json").read_text().replace('"PRIVACY.md": "', "x0")),
         "manifest",
+    ),
+    "manifest_gone": (lambda r: (r / "manifest.json").unlink(), "manifest.json is missing"),
+    "manifest_no_json": (lambda r: (r / "manifest.json").write_bytes(b"\xff"), "manifest.json was changed"),
+    "manifest_blank": (
+        lambda r: (r / "manifest.json").write_bytes((r / "manifest.json").read_bytes() + b" "),
+        "manifest.json was changed",
+    ),
+    "manifest_files": (lambda r: edit_manifest(r, files={}), f"another digest for {IMAGE}"),
+    "manifest_stage": (lambda r: edit_manifest(r, stage="certify"), "'stage' is not what follows"),
+    "manifest_sensitivity": (lambda r: edit_manifest(r, sensitivity="public"), "'sensitivity' is not what follows"),
+    "manifest_config": (lambda r: edit_manifest(r, config_digest="0" * 64), "'config_digest' is not what follows"),
+    "manifest_parents": (
+        lambda r: edit_manifest(r, parents={"certificate": "0" * 64}),
+        "'parents' is not what follows",
+    ),
+    "manifest_details": (lambda r: edit_manifest(r, details={"note": "x"}), "'details' is not what follows"),
+    "manifest_version": (lambda r: edit_manifest(r, medsynth_version="9"), "'medsynth_version' is not what follows"),
+    "manifest_more": (lambda r: edit_manifest(r, note="x"), "'note' is not what follows"),
+    "certificate_blank": (
+        lambda r: (r / "certificate.dsse.json").write_bytes((r / "certificate.dsse.json").read_bytes() + b" "),
+        "another digest for certificate.dsse.json",
+    ),
+    "key_blank": (
+        lambda r: (r / "public.pem").write_bytes((r / "public.pem").read_bytes() + b"\n"),
+        "public.pem in the release was changed",
     ),
     "certificate_gone": (lambda r: (r / "certificate.dsse.json").unlink(), "certificate.dsse.json is missing"),
     "certificate_nonsense": (lambda r: (r / "certificate.dsse.json").write_text("{}"), "no DSSE envelope"),
@@ -221,6 +264,54 @@ def test_tainted_ledger_fails(release: Path, tmp_path: Path) -> None:
     )
     sign_again(release, tmp_path / "attacker", lambda p: p["ledger"].update(head=ledger.head), refresh=True)
     assert "repeatable noise" in failed(release)
+
+
+def test_changing_one_byte_of_any_file_fails_and_names_the_file(release: Path, hospital_key: Path) -> None:
+    files = sorted(path for path in release.rglob("*") if path.is_file())
+    assert len(files) >= 12
+    for path in files:
+        good = path.read_bytes()
+        for place in (0, len(good) // 3, len(good) // 2, len(good) - 1):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            name = path.relative_to(release).as_posix()
+            assert name in failed(release, hospital_key), f"byte {place} of {name}"
+        path.write_bytes(good)
+    assert verify(release, hospital_key).ok
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "public.pem", "certificate.dsse.json"])
+def test_no_byte_of_the_unsigned_files_can_change(release: Path, name: str) -> None:
+    path = release / name
+    good = path.read_bytes()
+    blanks = [place for place, byte in enumerate(good) if byte in b" \n"][:40]
+    for place in {*blanks, *range(0, len(good), len(good) // 40)}:
+        other = b"\t" if good[place : place + 1].isspace() else b"A" if good[place] != 65 else b"B"
+        path.write_bytes(good[:place] + other + good[place + 1 :])
+        assert not verify(release).ok, f"byte {place} of {name}"
+
+
+def test_the_release_carries_the_key_even_when_another_copy_is_given(release: Path, hospital_key: Path) -> None:
+    (release / "public.pem").unlink()
+    assert "public.pem is missing" in failed(release, hospital_key)
+
+
+def test_another_key_in_the_release_is_refused(release: Path, hospital_key: Path, tmp_path: Path) -> None:
+    other = signing.public_pem(signing.load_or_create_key(tmp_path / "other"))
+    (release / "public.pem").write_bytes(other)
+    assert "public.pem in the release is not the key that was given" in failed(release, hospital_key)
+
+
+def test_a_copy_of_the_key_may_have_other_line_ends(release: Path, hospital_key: Path, tmp_path: Path) -> None:
+    (tmp_path / "mailed.pem").write_bytes(hospital_key.read_bytes().replace(b"\n", b"\r\n"))
+    assert verify(release, tmp_path / "mailed.pem").ok
+
+
+def test_the_statement_speaks_for_its_own_ledger_only(release: Path) -> None:
+    envelope = json.loads((release / "certificate.dsse.json").read_text())
+    predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
+    assert predicate["epsilon_of_this_ledger"] == predicate["claim"]["epsilon"]
+    assert predicate["earlier_releases"].startswith("unknown to this ledger")
+    assert "cumulative_epsilon" not in predicate
 
 
 def test_all_failures_are_listed_at_once(release: Path) -> None:
