@@ -34,8 +34,8 @@ AGREEMENT = 0.02
 """PLD and PRV may differ by this much at any epsilon up to :data:`AGREEMENT_UP_TO`."""
 AGREEMENT_UP_TO = 10.0
 """Above, the allowance grows in proportion (0.2 % of epsilon)."""
-# Measured (two Gaussian mechanisms and 300 steps at rate 0.25): 0.0101 at epsilon 1.3, 0.0107 at 11, 0.0123 at 50, 0.0173
-# at 228. Nearly all of it is the error of 0.01 that PRV adds to stay an upper bound, whatever epsilon is: an allowance
+# Measured (two Gaussian mechanisms and 300 steps at rate 0.25): 0.0101 at epsilon 1.3, 0.0107 at 11, 0.0123 at 50,
+# 0.0173 at 228. Nearly all of it is the error of 0.01 that PRV adds to stay an upper bound at any epsilon: an allowance
 # relative to epsilon would let true disagreements pass. What is left grows slowly, hence the slope far out.
 
 
