@@ -17,7 +17,9 @@ import numpy as np
 import pydicom
 from monai.data.image_reader import ImageReader
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import MediaStorageDirectoryStorage
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag
+from pydicom.uid import UID, MediaStorageDirectoryStorage
 from scipy import ndimage
 
 from medsynth.config import Grid
@@ -38,6 +40,8 @@ _HEADER_TAGS = [
     "ReferencedSeriesSequence",
     "Rows",
 ]
+_ISSUER_OF_PATIENT_ID = 0x00100021
+_SERIES_INSTANCE_UID = 0x0020000E
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Series:
         patient: Patient ID (0010,0020) with its issuer (0010,0021), "" where absent.
         frame_of_reference: Frame of Reference UID, "" where absent.
         referenced_series: Series Instance UIDs that a segmentation refers to.
-        suspect: an unreadable file lies in the same folder, so that the series may be incomplete.
+        suspect: a broken file names this series, or this patient and no series: the series may be incomplete.
     """
 
     uid: str
@@ -78,11 +82,27 @@ class Series:
 
 @dataclass(frozen=True)
 class Findings:
-    """What lies below a folder: series with pixels, and DICOM files whose header cannot be read."""
+    """What lies below a folder: series with pixels, and DICOM files whose header is broken."""
 
     images: tuple[Series, ...]
     segmentations: tuple[Series, ...]
     unreadable: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Whose a broken file is, as far as its header still says: "" where it does not."""
+
+    patient: str = ""
+    uid: str = ""
+
+    def owns(self, uid: str, patient: str) -> bool:
+        """Whether the file may be a part of a series.
+
+        The folder must not count: in a flat export one patient's broken file would decide about all others, which the
+        sensitivity of the mechanisms does not cover.
+        """
+        return bool(self.uid or self.patient) and self.uid in ("", uid) and self.patient in ("", patient)
 
 
 def find_series(folder: Path) -> Findings:
@@ -99,7 +119,7 @@ def find_series(folder: Path) -> Findings:
             unreadable.append(path)
         elif header.get("SeriesInstanceUID") and "Rows" in header:
             groups[str(header.SeriesInstanceUID)].append((path, header))
-    broken = {path.parent for path in unreadable}
+    broken = {_owner(path) for path in unreadable}
     series = [_series(uid, members, broken) for uid, members in sorted(groups.items())]
     return Findings(
         images=tuple(s for s in series if not s.is_segmentation),
@@ -118,21 +138,46 @@ def _read_header(path: Path) -> pydicom.Dataset | None:
         return None
     if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         return pydicom.Dataset()
-    return header if header.get("SeriesInstanceUID") else None
+    cut_short = "Rows" not in header and _promises_pixels(str(header.get("SOPClassUID", "")))
+    return header if header.get("SeriesInstanceUID") and not cut_short else None
 
 
-def _series(uid: str, members: Sequence[tuple[Path, pydicom.Dataset]], broken: set[Path]) -> Series:
+def _promises_pixels(sop_class: str) -> bool:
+    return sop_class in SEGMENTATION_CLASSES or UID(sop_class).name.endswith("Image Storage")
+
+
+def _owner(path: Path) -> _Owner:
+    """Read patient and series from what is left of a header; elements come in the order of their tags (PS3.5 7.1)."""
+    last = 0
+
+    def past_series(tag: BaseTag, vr: str | None, length: int) -> bool:
+        nonlocal last
+        last = max(last, int(tag))
+        return last > _SERIES_INSTANCE_UID
+
+    try:
+        with path.open("rb") as handle:
+            header = read_partial(handle, stop_when=past_series, force=True)
+        # The last element may be cut short, and a part of an identifier can be somebody else's.
+        patient = patient_of(header) if last > _ISSUER_OF_PATIENT_ID else ""
+        return _Owner(patient, str(header.get("SeriesInstanceUID") or "") if last > _SERIES_INSTANCE_UID else "")
+    except Exception:  # a damaged header makes pydicom raise nearly anything
+        return _Owner()
+
+
+def _series(uid: str, members: Sequence[tuple[Path, pydicom.Dataset]], broken: Iterable[_Owner]) -> Series:
     header = members[0][1]
     patients = {patient_of(h) for _, h in members}
+    patient = patients.pop() if len(patients) == 1 else ""
     references = header.get("ReferencedSeriesSequence") or []
     return Series(
         uid=uid,
         files=tuple(path for path, _ in members),
-        patient=patients.pop() if len(patients) == 1 else "",
+        patient=patient,
         is_segmentation=header.get("SOPClassUID") in SEGMENTATION_CLASSES,
         frame_of_reference=str(header.get("FrameOfReferenceUID", "") or ""),
         referenced_series=tuple(str(item.get("SeriesInstanceUID", "")) for item in references),
-        suspect=any(path.parent in broken for path, _ in members),
+        suspect=any(owner.owns(uid, patient) for owner in broken),
     )
 
 

@@ -36,7 +36,7 @@ DEIDENTIFICATION_METHOD = "Synthetic data: not derived from one patient"
 UNCERTIFIED_METHOD = "Synthetic data without privacy promise: may resemble patients"
 """Stands for :data:`DEIDENTIFICATION_METHOD` where no certificate bounds what was learnt from one patient."""
 GREY_LEVELS = 1000
-"""Released grey images hold 0 to 1000 for the range -1 to 1."""
+"""Released grey images hold 0 to 1000 for the range -1 to 1, and their window shows all of it."""
 # A slice axis further off the plane's normal than this (sine of the angle) cannot be written as parallel slices.
 _SHEAR_TOLERANCE = 1e-3
 _IMPLEMENTATION_UID = UID("2.25.163515029032595267068457056412078418081")
@@ -72,6 +72,7 @@ class SeriesMeta:
     synthetic: bool = True
     method: str = DEIDENTIFICATION_METHOD
     colour: bool = False
+    window: tuple[int, int] | None = None  # centre and width in stored values, PS3.3 C.11.2.1.2
     description: str = ""
     series_number: int = 1
     study_uid: str | None = None
@@ -198,6 +199,7 @@ def write_pair_dicom(
         f"Synthetic^{patient_id}",
         method=DEIDENTIFICATION_METHOD if certified else UNCERTIFIED_METHOD,
         colour=len(image) == 3,
+        window=None if len(image) == 3 else (GREY_LEVELS // 2, GREY_LEVELS),
         description="Synthetic",
     )
     series = write_series(folder / patient_id / "image", voxels, affine, meta)
@@ -322,6 +324,8 @@ def _instance(common: Dataset, meta: SeriesMeta, number: int, geometry: Dataset 
     else:
         dataset.ImageType, dataset.ConversionType = origin, "SYN" if meta.synthetic else "WSD"
         dataset.PatientOrientation = ""
+    if meta.window is not None:
+        dataset.WindowCenter, dataset.WindowWidth = meta.window
     if geometry is not None:
         dataset.PatientPosition = "HFS"
         dataset.update(geometry)

@@ -140,6 +140,8 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
         labels[image.uid] += segmentation.files
         if image.patient and segmentation.patient != image.patient:
             refused[image.uid] = "patient_mismatch"
+        elif segmentation.suspect:
+            refused.setdefault(image.uid, "truncated_dicom")
     for series in findings.images:
         reason = "truncated_dicom" if series.suspect else refused.get(series.uid)
         yield Case("dicom", series.patient, series.files, tuple(labels[series.uid]), refused=reason)

@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.pixels import apply_windowing
 
 from medsynth.errors import InputError
 from medsynth.imaging import dicom_writer as writer
@@ -111,6 +112,27 @@ def test_everything_synthetic_is_marked_and_carries_nothing_of_a_patient(tmp_pat
         assert dates <= {"", writer.PUBLIC_DATE}
         if dataset.Modality == "MR":
             assert dataset.ImageType[:2] == ["DERIVED", "SECONDARY"] and "SourceImageSequence" not in dataset
+
+
+@pytest.mark.parametrize("modality", ["MR", "CT", "US"])
+def test_the_window_shows_the_whole_grey_range(tmp_path: Path, modality: str) -> None:
+    image, label = a_pair((10, 14))
+    image[0, 0, :2] = -1, 1
+    writer.write_pair_dicom(tmp_path, image, label, (1.0, 1.5), LABELS, "SYN1", modality)
+    (dataset,) = read(tmp_path / "SYN1" / "image")
+    assert (dataset.WindowCenter, dataset.WindowWidth) == (500, 1000)
+    shown = apply_windowing(dataset.pixel_array, dataset)
+    assert shown.min() == 0 and shown.max() == 2**16 - 1
+    # PS3.3 C.11.2.1.2.1: of 1001 levels only the two at the top look alike
+    assert len(np.unique(shown)) >= len(np.unique(dataset.pixel_array)) - 1
+
+
+def test_colour_and_plain_series_get_no_window(tmp_path: Path) -> None:
+    image, label = a_pair((15, 11), channels=3)
+    writer.write_pair_dicom(tmp_path, image, label, None, LABELS, "SYN1", "ES")
+    writer.write_series(tmp_path / "plain", np.zeros((4, 4, 2), np.uint16), np.eye(4), META)
+    for dataset in [*read(tmp_path / "SYN1" / "image"), *read(tmp_path / "plain")]:
+        assert "WindowCenter" not in dataset and "WindowWidth" not in dataset
 
 
 def test_dates_and_institution_never_reach_a_synthetic_header(tmp_path: Path) -> None:

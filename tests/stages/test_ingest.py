@@ -19,7 +19,7 @@ from medsynth.config import Study
 from medsynth.errors import InputError, StoreError
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
 from medsynth.imaging.deidentify import explain
-from medsynth.imaging.dicom import read_segmentation, read_series
+from medsynth.imaging.dicom import find_series, read_segmentation, read_series
 from medsynth.imaging.dicom_writer import SeriesMeta, write_segmentation, write_series
 from medsynth.stages import ingest
 from medsynth.tracking import NullTracker
@@ -74,6 +74,29 @@ def put_msd(root: Path, cases: dict[str, tuple[np.ndarray, np.ndarray]], names: 
 
 def good(count: int, first: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {f"case_{i:03d}": picture(i) for i in range(first, first + count)}
+
+
+def cut_behind(path: Path, keyword: str, extra: int = 8) -> None:
+    """Keep what comes up to the end of an element's value, and ``extra`` bytes (by default the next one's header)."""
+    value = str(pydicom.dcmread(path)[keyword].value).encode()
+    raw = path.read_bytes()
+    path.write_bytes(raw[: raw.index(value, raw.index(b"Zyxwvut")) + len(value) + len(value) % 2 + extra])
+
+
+def flat_export(tmp_path: Path, people: dict[str, int]) -> Path:
+    """All files of all patients in one folder; names ``<person>-<00001 ... | seg>.dcm``."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for person, seed in people.items():
+        put_dicom(tmp_path / "tree", person, seed)
+        for path in (tmp_path / "tree" / person).rglob("*.dcm"):
+            shutil.move(path, flat / f"{person}-{path.name}")
+    return flat
+
+
+def series_by_patient(folder: Path) -> dict[str, bool]:
+    """Return for each patient whether a broken file makes the image series suspect."""
+    return {series.patient: series.suspect for series in find_series(folder).images}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -131,7 +154,7 @@ def test_broken_dicom_is_quarantined_with_its_reason_and_can_be_found_again(tmp_
     cut.write_bytes(cut.read_bytes()[:-50])
     sorted(put_dicom(source, "gap", 21).iterdir())[3].unlink()
     header = sorted(put_dicom(source, "header", 22).iterdir())[0]
-    header.write_bytes(header.read_bytes()[:400])
+    cut_behind(header, "SeriesInstanceUID")
     put_dicom(source, "bare", 23, labelled=False)
     for path in put_dicom(source, "nobody", 24).iterdir():
         dataset = pydicom.dcmread(path)
@@ -147,6 +170,70 @@ def test_broken_dicom_is_quarantined_with_its_reason_and_can_be_found_again(tmp_
     found = explain(tmp_path / "out", source)
     assert {row["ref"] for row in rows(tmp_path / "out" / "quarantine.csv")} == set(found)
     assert source / "gap" in [path.parent.parent for path in found.values()]
+
+
+PEOPLE = {f"P{index}": index for index in range(6)}
+
+
+def test_in_a_flat_folder_a_cut_file_condemns_its_own_series_alone(tmp_path: Path) -> None:
+    flat = flat_export(tmp_path, {**PEOPLE, "P10": 10})
+    cut_behind(flat / "P10-00001.dcm", "SeriesInstanceUID")  # an end slice: no gap would betray that it is missing
+    assert series_by_patient(flat) == {**dict.fromkeys(PEOPLE, False), "P10": True}
+    assert ingested(study(), flat, tmp_path / "out") == ["truncated_dicom"] * 2  # the file and its series
+    kept = rows(tmp_path / "out" / "cases.csv")
+    assert len(kept) == len(PEOPLE)
+    for path in flat.glob("P10-*"):
+        path.unlink()
+    assert ingested(study(), flat, tmp_path / "without") == []
+    assert {row["content"] for row in kept} == {row["content"] for row in rows(tmp_path / "without" / "cases.csv")}
+
+
+def test_in_a_flat_folder_a_file_of_garbage_condemns_nobody(tmp_path: Path) -> None:
+    flat = flat_export(tmp_path, PEOPLE)
+    (flat / "P1-garbage.dcm").write_bytes(np.random.default_rng(0).bytes(4096))
+    (flat / "P2-nothing.dcm").write_bytes(b"")
+    (flat / "P3-00004.dcm").write_bytes(b"no header is left")
+    assert ingested(study(), flat, tmp_path / "out") == ["missing_slice"] + ["truncated_dicom"] * 3
+    assert len(rows(tmp_path / "out" / "cases.csv")) == len(PEOPLE) - 1
+    found = explain(tmp_path / "out", flat)
+    assert {"P1-garbage.dcm", "P2-nothing.dcm", "P3-00004.dcm"} <= {path.name for path in found.values()}
+
+
+def test_a_file_cut_behind_its_patient_condemns_that_patient(tmp_path: Path) -> None:
+    flat = flat_export(tmp_path, {"P1": 1, "P2": 2})
+    cut_behind(flat / "P2-00001.dcm", "StudyInstanceUID")
+    assert series_by_patient(flat) == {"P1": False, "P2": True}
+
+
+def test_half_an_identifier_is_nobodys(tmp_path: Path) -> None:
+    flat = flat_export(tmp_path, {"P1": 1, "P12": 2})
+    cut_behind(flat / "P12-00001.dcm", "PatientID", extra=-2)  # "P12 " is left as "P1", but is not P1
+    assert series_by_patient(flat) == {"P1": False, "P12": False}
+    assert len(find_series(flat).unreadable) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # as ingest does: pydicom warns of half an identifier
+def test_wherever_a_file_is_cut_only_its_own_patient_is_touched(tmp_path: Path) -> None:
+    flat = flat_export(tmp_path, {"P1": 1, "P12": 2})
+    path = flat / "P12-00001.dcm"
+    raw = path.read_bytes()
+    condemned = []
+    for length in range(0, raw.rindex(b"OW"), 7):
+        path.write_bytes(raw[:length])
+        findings = find_series(flat)
+        series = {s.patient: s for s in findings.images}
+        assert set(series) == {"P1", "P12"} and not series["P1"].suspect
+        assert path in (*findings.unreadable, *series["P12"].files)
+        condemned.append(series["P12"].suspect or path in series["P12"].files)
+    assert condemned == sorted(condemned) and any(condemned)  # once the header says whose it is, it stays said
+
+
+def test_a_broken_part_of_a_segmentation_condemns_its_image(tmp_path: Path) -> None:
+    flat = flat_export(tmp_path, PEOPLE)
+    shutil.copy(flat / "P2-seg.dcm", flat / "P2-seg-2.dcm")
+    cut_behind(flat / "P2-seg-2.dcm", "SeriesInstanceUID")
+    assert ingested(study(), flat, tmp_path / "out") == ["truncated_dicom"] * 2
+    assert len(rows(tmp_path / "out" / "cases.csv")) == len(PEOPLE) - 1
 
 
 def test_two_series_in_one_folder_stay_two_series(tmp_path: Path) -> None:
