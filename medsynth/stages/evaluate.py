@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medsynth import logs, store
 from medsynth.config import Study
+from medsynth.devices import open_device
 from medsynth.errors import InputError
 from medsynth.imaging.cohort import Patient, load_pairs, load_patients
 from medsynth.metrics import figures
@@ -103,8 +104,7 @@ def _load(config: Study, folders: Mapping[str, Path]) -> _Data:
     if not test:
         raise InputError("the cohort has no test patient: raise ingest.test_fraction or add patients")
     images, labels = load_pairs(folders["synthetic"], config.grid)
-    wanted = config.compute.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    device = open_device(config.compute)
     networks: dict[str, dict[int, Network]] = {}
     for regime in config.segment.regimes:
         for seed in config.segment.seeds:

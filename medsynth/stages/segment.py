@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from medsynth import logs, store
 from medsynth.config import Grid, Segment, Study
+from medsynth.devices import open_device
 from medsynth.errors import InputError, MedsynthError
 from medsynth.imaging.cohort import load_pairs, load_patients
 from medsynth.models.segmenter import build_segmenter, save_segmenter
@@ -65,7 +66,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
                 for regime in config.segment.regimes
                 for seed in config.segment.seeds
             ]
-            losses = _train_all(jobs, _device(config), config.compute.workers)
+            losses = _train_all(jobs, open_device(config.compute).type, config.compute.workers)
         (folder.path / "training.json").write_text(json.dumps({"loss": losses}, indent=1) + "\n", encoding="utf-8")
         _report(losses, tracker)
         return folder.finish("internal", details={"networks": sorted(losses)})
@@ -90,13 +91,6 @@ class _Job:
 
 def _stream(config: Study, regime: str, seed: int) -> int:
     return derive_seed(config.seed, "segment", regime, seed)
-
-
-def _device(config: Study) -> str:
-    wanted = config.compute.device
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
 
 
 def _write_pools(config: Study, folders: Mapping[str, Path], scratch: Path) -> None:
