@@ -43,9 +43,9 @@ class LoraConv(nn.Module):
             layer.in_channels,
             rank,
             layer.kernel_size,  # type: ignore[arg-type]  # tuple[int, ...] of the layer's own rank
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]  # likewise
+            padding=layer.padding,  # type: ignore[arg-type]  # likewise
+            dilation=layer.dilation,  # type: ignore[arg-type]  # likewise
             bias=False,
         )
         self.up = kind(rank, layer.out_channels, 1, bias=False)

@@ -110,7 +110,7 @@ class Codec(nn.Module):
         raw = latents * self.scale + self.mean
         if isinstance(self.transform, HaarTransform):
             return self.transform.inverse(raw).clamp(-1, 1)
-        parts = [self.transform.decode(chunk) for chunk in raw.split(_CHUNK)]  # type: ignore[operator]
+        parts = [self.transform.decode(chunk) for chunk in raw.split(_CHUNK)]  # type: ignore[operator]  # MONAI
         return torch.cat(parts).clamp(-1, 1)
 
     @torch.no_grad()
