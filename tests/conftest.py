@@ -6,6 +6,7 @@ import copy
 import ipaddress
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ TINY: dict[str, Any] = {
     "export": {"dicom_pairs": 1},
     "compute": {"device": "cpu", "threads": 1, "workers": 1},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _site_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keys and accounts of shared fixtures go into a folder of this session, never into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSYNTH_HOME", str(tmp_path_factory.mktemp("site")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _site_of_the_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is a site of its own: no key and no account of another test is seen."""
+    monkeypatch.setenv("MEDSYNTH_HOME", str(tmp_path_factory.getbasetemp() / f"site-{uuid.uuid4().hex}"))
+    for name in ("MEDSYNTH_KEY_PASSPHRASE", "MEDSYNTH_KEY_PASSPHRASE_FILE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
