@@ -13,6 +13,8 @@ from medsynth import config as configuration
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.errors import StoreError
+from medsynth.release import keys
+from medsynth.site import signing_keys
 from medsynth.stages.inputs import config_digest
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker, open_tracker
@@ -54,6 +56,9 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
         MedsynthError: what stopped a stage; the stages before it stay as they are.
     """
     _open_run(run)
+    if study.privacy.private and not store.is_done(run / "certificate"):
+        # nobody may be there when certify asks for a passphrase, hours from now
+        keys.open_key(signing_keys(), ask=False)
     with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
         tracker.params(configuration.flatten(study))
         for stage in STAGES:
@@ -88,7 +93,7 @@ def run_stage(
                 f"'{stage.folder}' was made from other {' and '.join(changed)}: pass --replace to make it again "
                 "(privacy that was spent stays spent), or use a new run folder"
             )
-    inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl", "keys": run / "keys"}
+    inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl", "keys": signing_keys()}
     if source is not None:
         inputs["source"] = source
     logs.say(f"{stage.verb}: started")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from medsynth.store import MANIFEST
 
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 CERTIFICATE = "certificate.dsse.json"
 PUBLIC_KEY = "public.pem"
+ENDORSEMENTS = "endorsements.jsonl"
+"""Only where keys were rotated."""
 LEDGER = "ledger.jsonl"
 ANCESTRY = "ancestry.json"
 DATASET_CARD = "DATASET_CARD.md"

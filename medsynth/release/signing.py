@@ -9,9 +9,7 @@ import base64
 import binascii
 import hashlib
 import json
-import os
-import stat
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -21,36 +19,55 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from medsynth.errors import CertificationError, VerificationError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-PRIVATE_KEY = "private.pem"
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+SigningKey = Ed25519PrivateKey
+_FIELDS = {"payload", "payloadType", "signatures"}
+_SIGNATURE_FIELDS = {"keyid", "sig"}
 
 
-def load_or_create_key(folder: Path) -> Ed25519PrivateKey:
-    """Read the signing key of ``folder``, or make one that only its owner may read.
+def new_key() -> SigningKey:
+    """Return a fresh signing key."""
+    return Ed25519PrivateKey.generate()
+
+
+def private_pem(key: SigningKey, passphrase: bytes | None = None) -> bytes:
+    """Return the private key as PEM (PKCS #8), encrypted when there is a passphrase.
+
+    The encryption is that of OpenSSL (PBES2, AES-256-CBC, PBKDF2 with 2048 rounds): the passphrase has to be long.
+    """
+    lock = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+
+
+def is_protected(pem: bytes) -> bool:
+    """Whether a private key's PEM text is encrypted (RFC 7468, section 11)."""
+    return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in pem
+
+
+def load_private(pem: bytes, passphrase: bytes | None = None) -> SigningKey:
+    """Read a private key.
 
     Args:
-        folder: holds ``private.pem`` (PKCS #8, mode 0600) and ``public.pem``; made when absent.
+        pem: PKCS #8 as :func:`private_pem` writes it.
+        passphrase: of an encrypted key; ignored for another one.
 
     Raises:
-        CertificationError: the key is unreadable, no Ed25519 key, or readable by others.
+        CertificationError: no PEM private key, another kind than Ed25519, or the wrong passphrase.
     """
-    path = folder / PRIVATE_KEY
+    protected = is_protected(pem)
+    if protected and not passphrase:
+        raise CertificationError("the signing key is protected by a passphrase, and none was given")
     try:
-        if not path.exists():
-            _create_key(path)
-        if path.stat().st_mode & _OTHERS:
-            raise CertificationError(f"the signing key '{path.name}' may be read by others: make its mode 0600")
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except OSError as error:
-        raise CertificationError(f"the folder of the signing key cannot be used: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise CertificationError(f"'{path.name}' is no unencrypted PEM private key: replace it") from error
+        key = serialization.load_pem_private_key(pem, password=passphrase if protected else None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if protected:
+            raise CertificationError("the passphrase does not open the signing key: give the right one") from error
+        raise CertificationError("the signing key is no PEM private key: restore it from a backup") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise CertificationError(f"'{path.name}' is no Ed25519 key: replace it")
+        raise CertificationError("the signing key is no Ed25519 key: make one with `medsynth keys new`")
     return key
 
 
-def public_pem(key: Ed25519PrivateKey) -> bytes:
+def public_pem(key: SigningKey) -> bytes:
     """Return the public half of ``key`` as PEM (SubjectPublicKeyInfo)."""
     return _pem(key.public_key())
 
@@ -83,7 +100,7 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def sign(payload: bytes, key: Ed25519PrivateKey) -> dict[str, Any]:
+def sign(payload: bytes, key: SigningKey) -> dict[str, Any]:
     """Return the DSSE envelope of ``payload`` signed by ``key``, as JSON values."""
     signature = key.sign(pae(PAYLOAD_TYPE, payload))
     return {
@@ -93,56 +110,84 @@ def sign(payload: bytes, key: Ed25519PrivateKey) -> dict[str, Any]:
     }
 
 
+def envelope_text(envelope: Mapping[str, Any]) -> bytes:
+    """Return the one text of an envelope that a release may hold: sorted keys, one blank of indent, UTF-8."""
+    return (json.dumps(envelope, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
 def open_envelope(text: bytes) -> tuple[dict[str, Any], bytes]:
     """Parse an envelope without checking its signature.
+
+    DSSE allows several signatures and further fields; here an envelope has exactly one signature and no field that is
+    not signed or needed, so that nothing can be added to a certificate.
 
     Returns:
         the envelope and its payload; trust neither before :func:`check_signature`.
 
     Raises:
-        VerificationError: no DSSE envelope, or another payload type than in-toto.
+        VerificationError: no DSSE envelope, another payload type than in-toto, or not exactly one signature.
     """
     try:
         envelope = json.loads(text)
         payload = base64.b64decode(envelope["payload"], validate=True)
         kind, signatures = envelope["payloadType"], envelope["signatures"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise VerificationError("the certificate is no DSSE envelope") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VerificationError("the certificate is no DSSE envelope: it is empty, cut off or not JSON") from error
     if kind != PAYLOAD_TYPE:
         raise VerificationError(f"the certificate's payload type is '{kind}', expected '{PAYLOAD_TYPE}'")
-    if not isinstance(signatures, list) or not signatures:
-        raise VerificationError("the certificate carries no signature")
+    if base64.b64encode(payload).decode() != envelope["payload"]:
+        raise VerificationError("the certificate's payload is not in the one base64 form of its bytes: it was changed")
+    if not isinstance(signatures, list) or len(signatures) != 1:
+        raise VerificationError("the certificate must carry exactly one signature: signatures were added or removed")
+    more = envelope.keys() - _FIELDS
+    if isinstance(signatures[0], dict):
+        more |= signatures[0].keys() - _SIGNATURE_FIELDS
+    if more:
+        raise VerificationError(f"the certificate's envelope has a field that is not signed: '{min(more)}'")
     return envelope, payload
 
 
-def check_signature(envelope: dict[str, Any], payload: bytes, pem: bytes) -> None:
-    """Check that one signature of the envelope was made over ``payload`` by the key ``pem``.
+def require_canonical(text: bytes, envelope: Mapping[str, Any]) -> None:
+    """Check that a file is the one text of its envelope.
 
     Raises:
-        VerificationError: none was; the message names the key expected.
+        VerificationError: blanks, line ends, the order of keys or a repeated key differ.
+    """
+    if envelope_text(envelope) != text:
+        raise VerificationError(
+            "the certificate's file was changed: blanks, line ends or the order of its parts are not those that "
+            "'certify' writes"
+        )
+
+
+def check_signature(envelope: Mapping[str, Any], payload: bytes, pem: bytes) -> None:
+    """Check that the envelope's signature was made over ``payload`` by the key ``pem``.
+
+    Raises:
+        VerificationError: it was not; the message names the key expected.
     """
     key = _load_public(pem)
-    message = pae(str(envelope["payloadType"]), payload)
-    for entry in envelope["signatures"]:
-        try:
-            key.verify(base64.b64decode(entry["sig"], validate=True), message)
-            return
-        except (InvalidSignature, binascii.Error, KeyError, TypeError, ValueError):
-            continue
-    raise VerificationError(f"the certificate was not signed by the key {_key_id(key)[:16]}, or was changed since")
+    entry = envelope["signatures"][0]
+    try:
+        signature = base64.b64decode(entry["sig"], validate=True)
+        key.verify(signature, pae(str(envelope["payloadType"]), payload))
+        # the signature's key id is a hint that nobody signs: a wrong one may mislead, so it is refused
+        sound = entry["keyid"] == _key_id(key) and base64.b64encode(signature).decode() == entry["sig"]
+    except (InvalidSignature, binascii.Error, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise VerificationError(
+            f"the certificate was not signed by the key {fingerprint(_key_id(key))[:19]}..., or was changed since"
+        )
 
 
-def _create_key(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    # O_EXCL with the mode at creation: the key is at no time readable by others
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
-    (path.parent / "public.pem").write_bytes(public_pem(key))
+def fingerprint(identity: str) -> str:
+    """Return a key's id in groups of four, to be read out and compared.
+
+    >>> fingerprint("0123456789ab")
+    '0123 4567 89ab'
+    """
+    return " ".join(identity[start : start + 4] for start in range(0, len(identity), 4))
 
 
 def _pem(key: Ed25519PublicKey) -> bytes:
@@ -150,12 +195,16 @@ def _pem(key: Ed25519PublicKey) -> bytes:
 
 
 def _load_public(pem: bytes) -> Ed25519PublicKey:
+    if b"PRIVATE KEY-----" in pem:
+        raise VerificationError(
+            "the file is a PRIVATE key: it must not leave the hospital and checks nothing; expected public.pem"
+        )
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise VerificationError("the public key is no PEM file") from error
+        raise VerificationError("the public key is no PEM file: expected the public.pem of the hospital") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise VerificationError("the public key is no Ed25519 key")
+        raise VerificationError("the public key is no Ed25519 key: expected the public.pem of the hospital")
     return key
 
 

@@ -17,8 +17,8 @@ from medsynth.config import Study
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import RELATION, UNIT
 from medsynth.release import spending
+from medsynth.release.marks import STATEMENT_TYPE
 
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:medsynth:dp-certificate:1"
 _IMPLEMENTATION = (
     "numpy",

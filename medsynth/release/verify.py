@@ -18,8 +18,16 @@ from medsynth.privacy.ledger import RELATION, UNIT, Ledger
 from medsynth.release import signing, spending
 from medsynth.release.ancestry import broken_edges, parse_nodes
 from medsynth.release.manifests import release_manifest
-from medsynth.release.marks import ANCESTRY, CERTIFICATE, LEDGER, PUBLIC_KEY, UNCERTIFIED, UNSIGNED
-from medsynth.release.statement import PREDICATE_TYPE, STATEMENT_TYPE
+from medsynth.release.marks import (
+    ANCESTRY,
+    CERTIFICATE,
+    LEDGER,
+    PUBLIC_KEY,
+    STATEMENT_TYPE,
+    UNCERTIFIED,
+    UNSIGNED,
+)
+from medsynth.release.statement import PREDICATE_TYPE
 from medsynth.store import MANIFEST, canonical_json, digest_file, digest_tree, manifest_text
 
 EPSILON_TOLERANCE = 1e-6

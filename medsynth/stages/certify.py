@@ -14,12 +14,13 @@ from medsynth.imaging.cohort import read_pairs
 from medsynth.logs import say
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import card, gate, manifests, payload, signing, spending, statement
+from medsynth.release import card, gate, keys, manifests, payload, signing, spending, statement
 from medsynth.release.ancestry import Ancestry, walk
 from medsynth.release.marks import (
     ANCESTRY,
     CERTIFICATE,
     DATASET_CARD,
+    ENDORSEMENTS,
     LEDGER,
     PAYLOAD,
     PRIVACY_PAGE,
@@ -27,6 +28,7 @@ from medsynth.release.marks import (
     UNCERTIFIED,
 )
 from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.masks import SETTINGS
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -55,20 +57,40 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     folders = stage_inputs(inputs, "synthetic")
     ledger = Ledger(inputs["ledger"])
     ancestry = walk(folders["synthetic"], inputs)
-    reasons = gate.refusals(ancestry, ledger, config.privacy)
+    reasons = gate.refusals(ancestry, ledger, config.privacy) + _other_sources(config, ancestry)
     if reasons and not config.export.uncertified:
         raise CertificationError(gate.explain(reasons))
+    # a missing passphrase stops this now, not after everything is rendered
+    key = None if reasons else keys.open_key(inputs["keys"])
     with store.create(out, "certify", config_digest(config, "certify"), folders) as folder:
         body = folder.path / PAYLOAD
         body.mkdir()
         pairs = read_pairs(folders["synthetic"])
         count = payload.write_payload(body, pairs, config.grid, config.export, certified=not reasons)
-        if reasons:
+        if key is None:
             _leave_uncertified(config, body, count, reasons)
             return folder.finish("internal", details={"certified": False, "pairs": count})
-        claim = _certify(config, inputs, folder.path, count, ancestry, ledger, tracker)
+        claim = _certify(config, inputs, folder.path, count, ancestry, ledger, tracker, key)
         details = manifests.certificate_details(count, claim.epsilon, claim.delta)
         return folder.finish("released", details=details)
+
+
+def _other_sources(config: Study, ancestry: Ancestry) -> list[str]:
+    """Return which public folders are not what this study makes: their source would be unknown (pitfall 21).
+
+    The certificate names public inputs by the configuration; a codec from elsewhere may have seen the same patients.
+    """
+    reasons = []
+    for node in ancestry.nodes:
+        if node.sensitivity != "public":
+            continue
+        own = config_digest(config, "encode") == node.config_digest if node.stage == "encode" else True
+        if not own or (node.stage == "masks" and set(ancestry.manifests[node.folder].files) != {SETTINGS}):
+            reasons.append(
+                f"'{node.folder}' calls itself public, but this study's settings do not make it, so that its source is "
+                f"unknown: run stage '{node.stage}' again"
+            )
+    return reasons
 
 
 def _leave_uncertified(config: Study, body: Path, count: int, reasons: list[str]) -> None:
@@ -85,6 +107,7 @@ def _certify(
     ancestry: Ancestry,
     ledger: Ledger,
     tracker: Tracker,
+    key: signing.SigningKey,
 ) -> statement.Claim:
     events = spending.events(ledger.entries())
     accountants = agreeing_accountants(events, config.privacy.delta)
@@ -94,6 +117,8 @@ def _certify(
     _write_words(config, body, count, claim)
     shutil.copyfile(inputs["ledger"], body / LEDGER)
     payload.write_json(body / ANCESTRY, nodes)
+    if endorsed := keys.read_endorsements(inputs["keys"]):
+        (body / ENDORSEMENTS).write_bytes(endorsed)
     entries = ledger.entries()
     signed = statement.build(
         store.digest_tree(body),
@@ -105,7 +130,7 @@ def _certify(
         public=statement.public_inputs(config),
         facts=manifests.build_facts(count, config_digest(config, "certify"), config_digest(config, "export")),
     )
-    _sign(out, inputs["keys"], signed)
+    _sign(out, key, signed)
     tracker.metrics({"epsilon": claim.epsilon, **{f"epsilon_{name}": value for name, value in accountants.items()}})
     say("certified", epsilon=claim.epsilon, delta=claim.delta, unit=claim.unit, pairs=count)
     return claim
@@ -145,7 +170,6 @@ def _write_words(config: Study, body: Path, count: int, claim: statement.Claim |
     (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public), encoding="utf-8")
 
 
-def _sign(out: Path, keys: Path, signed: dict[str, Any]) -> None:
-    key = signing.load_or_create_key(keys)
-    payload.write_json(out / CERTIFICATE, signing.sign(store.canonical_json(signed), key))
+def _sign(out: Path, key: signing.SigningKey, signed: dict[str, Any]) -> None:
+    (out / CERTIFICATE).write_bytes(signing.envelope_text(signing.sign(store.canonical_json(signed), key)))
     (out / PUBLIC_KEY).write_bytes(signing.public_pem(key))

@@ -6,21 +6,24 @@ import base64
 import copy
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as generate_rsa
 
 from medsynth.errors import CertificationError, VerificationError
-from medsynth.release import signing
+from medsynth.release import keys, signing
 
 
 def test_another_implementation_verifies_our_envelope(tmp_path: Path) -> None:
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import SSlibKey
 
-    key = signing.load_or_create_key(tmp_path / "keys")
+    key = keys.open_key(tmp_path / "keys")
     envelope = signing.sign(b'{"a": 1}', key)
     theirs = Envelope.from_dict(copy.deepcopy(envelope))
     public = SSlibKey.from_crypto(key.public_key(), keyid=envelope["signatures"][0]["keyid"])
@@ -30,44 +33,87 @@ def test_another_implementation_verifies_our_envelope(tmp_path: Path) -> None:
 
 def test_we_verify_the_envelope_of_another_implementation() -> None:
     from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import CryptoSigner
+    from securesystemslib.signer import CryptoSigner, SSlibKey
 
-    signer = CryptoSigner.generate_ed25519()
+    key = signing.new_key()
+    pem = signing.public_pem(key)
+    signer = CryptoSigner(key, SSlibKey.from_crypto(key.public_key(), keyid=signing.key_id(pem)))
+    assert signer.public_key.scheme == "ed25519"
     theirs = Envelope(b"payload", signing.PAYLOAD_TYPE, {})
     theirs.sign(signer)
-    pem = signer.public_key.keyval["public"].encode()
-    public = signer.public_key
-    assert public.scheme == "ed25519"
     envelope, payload = signing.open_envelope(json.dumps(theirs.to_dict()).encode())
-    raw = bytes.fromhex(pem.decode())
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    signing.check_signature(envelope, payload, pem)
 
-    encoded = Ed25519PublicKey.from_public_bytes(raw).public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+
+def test_an_envelope_has_one_text(tmp_path: Path) -> None:
+    envelope = signing.sign(b"payload", signing.new_key())
+    text = signing.envelope_text(envelope)
+    signing.require_canonical(text, signing.open_envelope(text)[0])
+    others = (
+        json.dumps(envelope).encode(),
+        text + b" ",
+        text.replace(b"\n", b"\r\n"),
+        text.replace(b'"payloadType"', b'"payloadType": "x", "payloadType"', 1),
     )
-    signing.check_signature(envelope, payload, encoded)
+    for other in others:
+        with pytest.raises(VerificationError, match="file was changed"):
+            signing.require_canonical(other, signing.open_envelope(other)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda e: e["signatures"].append(e["signatures"][0]), "exactly one signature", id="second"),
+        pytest.param(lambda e: e["signatures"].clear(), "exactly one signature", id="none"),
+        pytest.param(lambda e: e.update(note="x"), "not signed: 'note'", id="field"),
+        pytest.param(lambda e: e["signatures"][0].update(cert="x"), "not signed: 'cert'", id="signature_field"),
+        pytest.param(lambda e: e.update(payloadType="text/plain"), "payload type is 'text/plain'", id="type"),
+        pytest.param(lambda e: e.update(payload="cGF5bG9hZB=="), "one base64 form", id="loose_base64"),
+        pytest.param(lambda e: e["signatures"][0].update(keyid="0" * 64), "not signed by", id="other_key_id"),
+    ],
+)
+def test_nothing_can_be_added_to_an_envelope(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    key = signing.new_key()
+    envelope = signing.sign(b"payload", key)
+    change(envelope)
+    with pytest.raises(VerificationError, match=message):
+        signing.check_signature(*signing.open_envelope(signing.envelope_text(envelope)), signing.public_pem(key))
+
+
+def test_what_is_no_public_ed25519_key_is_refused() -> None:
+    key = signing.new_key()
+    rsa = generate_rsa(65537, 2048).public_key()
+    pem = rsa.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    for wrong, message in (
+        (pem, "no Ed25519 key"),
+        (b"", "no PEM file"),
+        (signing.private_pem(key), "PRIVATE key"),
+        (signing.private_pem(key, b"a long passphrase"), "PRIVATE key"),
+    ):
+        with pytest.raises(VerificationError, match=message):
+            signing.key_id(wrong)
 
 
 def test_private_key_is_readable_by_its_owner_only_and_is_used_again(tmp_path: Path) -> None:
-    first = signing.load_or_create_key(tmp_path / "keys")
-    second = signing.load_or_create_key(tmp_path / "keys")
+    first = keys.open_key(tmp_path / "keys")
+    second = keys.open_key(tmp_path / "keys")
     assert stat.S_IMODE((tmp_path / "keys" / "private.pem").stat().st_mode) == 0o600
     assert signing.public_pem(first) == signing.public_pem(second) == (tmp_path / "keys" / "public.pem").read_bytes()
 
 
 def test_private_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
-    signing.load_or_create_key(tmp_path)
+    keys.open_key(tmp_path)
     (tmp_path / "private.pem").chmod(0o644)
     with pytest.raises(CertificationError, match="0600"):
-        signing.load_or_create_key(tmp_path)
+        keys.open_key(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense"])
 def test_unreadable_private_key_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "private.pem").write_bytes(content)
     (tmp_path / "private.pem").chmod(0o600)
-    with pytest.raises(CertificationError, match=r"private\.pem"):
-        signing.load_or_create_key(tmp_path)
+    with pytest.raises(CertificationError, match="no PEM private key"):
+        keys.open_key(tmp_path)
 
 
 def test_private_key_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -77,11 +123,11 @@ def test_private_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "private.pem").write_bytes(pem)
     (tmp_path / "private.pem").chmod(0o600)
     with pytest.raises(CertificationError, match="Ed25519"):
-        signing.load_or_create_key(tmp_path)
+        keys.open_key(tmp_path)
 
 
 def test_changed_payload_or_other_key_fails(tmp_path: Path) -> None:
-    key, other = (signing.load_or_create_key(tmp_path / name) for name in ("a", "b"))
+    key, other = (keys.open_key(tmp_path / name) for name in ("a", "b"))
     envelope = signing.sign(b"payload", key)
     signing.check_signature(envelope, b"payload", signing.public_pem(key))
     with pytest.raises(VerificationError, match="not signed by"):
@@ -107,7 +153,7 @@ def test_what_is_no_envelope_is_refused(envelope: str) -> None:
 
 
 def test_malformed_signature_does_not_crash(tmp_path: Path) -> None:
-    key = signing.load_or_create_key(tmp_path)
+    key = keys.open_key(tmp_path)
     envelope = signing.sign(b"payload", key)
     for bad in ({}, {"sig": 3}, {"sig": "%%"}, {"sig": base64.b64encode(b"short").decode()}):
         with pytest.raises(VerificationError, match="not signed by"):

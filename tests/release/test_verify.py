@@ -16,7 +16,7 @@ import pytest
 from medsynth import store
 from medsynth.errors import VerificationError
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import signing
+from medsynth.release import keys, signing
 from medsynth.release.manifests import release_manifest
 from medsynth.release.verify import Report, verify
 
@@ -34,7 +34,7 @@ def predicate_of(release: Path) -> dict[str, Any]:
     return json.loads(base64.b64decode(envelope["payload"]))
 
 
-def sign_again(release: Path, keys: Path, edit: Callable[[dict[str, Any]], None], refresh: bool = False) -> None:
+def sign_again(release: Path, folder: Path, edit: Callable[[dict[str, Any]], None], refresh: bool = False) -> None:
     """Edit the statement and sign it with a key of the attacker, who also replaces public.pem."""
     statement = predicate_of(release)
     edit(statement["predicate"])
@@ -43,8 +43,9 @@ def sign_again(release: Path, keys: Path, edit: Callable[[dict[str, Any]], None]
 
         for entry in statement["subject"]:
             entry["digest"]["sha256"] = hashlib.sha256((release / entry["name"]).read_bytes()).hexdigest()
-    key = signing.load_or_create_key(keys)
-    (release / "certificate.dsse.json").write_text(json.dumps(signing.sign(json.dumps(statement).encode(), key)))
+    key = keys.open_key(folder)
+    envelope = signing.sign(store.canonical_json(statement), key)
+    (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
     (release / "public.pem").write_bytes(signing.public_pem(key))
     close_again(release, statement)
 
@@ -69,8 +70,8 @@ def edit_in_place(release: Path, edit: Callable[[dict[str, Any]], None]) -> None
     envelope = json.loads((release / "certificate.dsse.json").read_text())
     statement = json.loads(base64.b64decode(envelope["payload"]))
     edit(statement["predicate"])
-    envelope["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
-    (release / "certificate.dsse.json").write_text(json.dumps(envelope))
+    envelope["payload"] = base64.b64encode(store.canonical_json(statement)).decode()
+    (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
 
 
 def node_of(predicate: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -211,6 +212,11 @@ def test_mutation_is_named(release: Path, name: str) -> None:
             id="spend_forgotten",
         ),
         pytest.param(lambda p: p["ancestry"][0].update(sensitivity="internal"), "is internal", id="internal"),
+        pytest.param(
+            lambda p: p["ancestry"].append({**p["ancestry"][0], "folder": "report", "stage": "evaluate"}),
+            "which no release may descend from",
+            id="pitfall_13_a_report_shapes_the_pairs",
+        ),
         pytest.param(lambda p: p.pop("claim"), "claim: cannot be checked", id="no_claim"),
         pytest.param(lambda p: p["claim"].update(epsilon="small"), "cannot be checked", id="text_for_number"),
         pytest.param(lambda p: p.update(ancestry="none"), "ancestry: cannot be checked", id="text_for_list"),
@@ -232,7 +238,7 @@ def test_swapped_key_fails_when_the_hospitals_key_is_given(release: Path, tmp_pa
 
 
 def test_only_public_key_swapped(release: Path, tmp_path: Path, hospital_key: Path) -> None:
-    (release / "public.pem").write_bytes(signing.public_pem(signing.load_or_create_key(tmp_path / "attacker")))
+    (release / "public.pem").write_bytes(signing.public_pem(keys.open_key(tmp_path / "attacker")))
     assert "not signed by" in failed(release)
     assert "is not the key that was given" in failed(release, hospital_key)
 
@@ -296,7 +302,7 @@ def test_the_release_carries_the_key_even_when_another_copy_is_given(release: Pa
 
 
 def test_another_key_in_the_release_is_refused(release: Path, hospital_key: Path, tmp_path: Path) -> None:
-    other = signing.public_pem(signing.load_or_create_key(tmp_path / "other"))
+    other = signing.public_pem(keys.open_key(tmp_path / "other"))
     (release / "public.pem").write_bytes(other)
     assert "public.pem in the release is not the key that was given" in failed(release, hospital_key)
 

@@ -1,0 +1,260 @@
+"""The site's signing keys: one active, the retired ones beside it, each new key endorsed by the one before.
+
+- ``private.pem``: the active key (PKCS #8, mode 0600, encrypted where there is a passphrase)
+- ``public.pem``: its public half, to be handed to collaborators
+- ``retired/``: private and public halves of former keys, by key id
+- ``endorsements.jsonl``: one endorsement a rotation; copied into every release
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from medsynth.errors import CertificationError
+from medsynth.logs import say
+from medsynth.release import endorsements, signing
+from medsynth.release.marks import ENDORSEMENTS, PUBLIC_KEY
+from medsynth.release.signing import SigningKey
+
+PRIVATE_KEY = "private.pem"
+RETIRED = "retired"
+PASSPHRASE = "MEDSYNTH_KEY_PASSPHRASE"
+PASSPHRASE_FILE = "MEDSYNTH_KEY_PASSPHRASE_FILE"
+MIN_PASSPHRASE = 12
+"""Characters; OpenSSL stretches a passphrase by 2048 rounds only, so that its own length has to carry the weight."""
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """One key of the site.
+
+    Attributes:
+        key_id: SHA-256 of the public key.
+        active: whether releases are signed with it.
+        protected: whether a passphrase is needed; None where the private half was deleted.
+    """
+
+    key_id: str
+    active: bool
+    protected: bool | None
+
+    def line(self) -> str:
+        """Return the key as a line for a terminal."""
+        state = "active " if self.active else "retired"
+        held = {None: "private half deleted", True: "passphrase", False: "no passphrase"}[self.protected]
+        return f"{state}  {held:<20}  {signing.fingerprint(self.key_id)}"
+
+
+def create(folder: Path, passphrase: bytes | None = None) -> str:
+    """Make the site's first key and return its id.
+
+    Args:
+        folder: ``HOME/keys``; made when absent.
+        passphrase: protects the key; None leaves that to the file's mode.
+
+    Raises:
+        CertificationError: there is an active key already, or the folder cannot be written.
+    """
+    with _locked(folder):
+        if (folder / PRIVATE_KEY).exists():
+            raise CertificationError("there is an active key already: replace it with `medsynth keys rotate`")
+        return _install(folder, signing.new_key(), passphrase)
+
+
+def open_key(folder: Path, *, ask: bool = True) -> SigningKey:
+    """Return the active key; one is made where there is none, so that a batch job does not stop for it.
+
+    Args:
+        folder: ``HOME/keys``.
+        ask: whether a passphrase may be asked for at the terminal; otherwise only the environment is looked at.
+
+    Raises:
+        CertificationError: the key is unreadable, no Ed25519 key, readable by others, or its passphrase is not there.
+    """
+    path = folder / PRIVATE_KEY
+    with _locked(folder):
+        if not path.exists():
+            passphrase = stored_passphrase()
+            _install(folder, signing.new_key(), passphrase)
+            hint = {} if passphrase else {"protect_it": "medsynth keys protect"}
+            say("signing key made", protected=bool(passphrase), **hint)
+        pem = _read_private(path)
+    key = signing.load_private(pem, opening_passphrase(ask) if signing.is_protected(pem) else None)
+    if not (folder / PUBLIC_KEY).is_file() or (folder / PUBLIC_KEY).read_bytes() != signing.public_pem(key):
+        _write(folder / PUBLIC_KEY, signing.public_pem(key), 0o644)  # a rotation was stopped before its last file
+    return key
+
+
+def protect(folder: Path, passphrase: bytes) -> None:
+    """Encrypt the active key with a (new) passphrase; the public half stays as it is."""
+    key = open_key(folder)
+    with _locked(folder):
+        _write(folder / PRIVATE_KEY, signing.private_pem(key, passphrase), 0o600)
+
+
+def rotate(folder: Path, passphrase: bytes | None = None, *, delete_old: bool = False, stolen: bool = False) -> str:
+    """Replace the active key by a new one and return the new key's id.
+
+    The old key signs an endorsement of the new one, so that who holds the old public key can follow. A key that was
+    stolen must not: its thief could endorse a key of his own, so that former endorsements are dropped as well.
+
+    Args:
+        folder: ``HOME/keys``.
+        passphrase: of the new key; None takes over the protection of the old one.
+        delete_old: delete the old private half instead of retiring it.
+        stolen: endorse nothing, and drop the endorsements that there are.
+
+    Raises:
+        CertificationError: there is no active key, or it cannot be opened.
+    """
+    path = folder / PRIVATE_KEY
+    if not path.exists():
+        raise CertificationError("there is no key to rotate: make one with `medsynth keys new`")
+    old_pem = _read_private(path)
+    opening = opening_passphrase() if signing.is_protected(old_pem) else None
+    old, new = signing.load_private(old_pem, opening), signing.new_key()
+    with _locked(folder):
+        retired = folder / RETIRED / signing.key_id(signing.public_pem(old))
+        retired.parent.mkdir(mode=0o700, exist_ok=True)
+        _write(retired.with_suffix(".public.pem"), signing.public_pem(old), 0o644)
+        if not delete_old:
+            _write(retired.with_suffix(".private.pem"), old_pem, 0o600)
+        lines = b"" if stolen else read_endorsements(folder) + endorsements.endorse(signing.public_pem(new), old)
+        _write(folder / ENDORSEMENTS, lines, 0o644)
+        # whatever stops this before the next line leaves the old key active, and its endorsement hurts nobody
+        return _install(folder, new, passphrase or opening)
+
+
+def known_keys(folder: Path) -> list[KeyInfo]:
+    """Return every key of the site, the active one first."""
+    found: list[KeyInfo] = []
+    if (folder / PRIVATE_KEY).is_file():
+        pem = public(folder)
+        found.append(KeyInfo(signing.key_id(pem), True, signing.is_protected(_read_private(folder / PRIVATE_KEY))))
+    for path in sorted((folder / RETIRED).glob("*.public.pem")):
+        identity = signing.key_id(path.read_bytes())
+        private = path.with_name(path.name.replace(".public.pem", ".private.pem"))
+        protected = signing.is_protected(private.read_bytes()) if private.is_file() else None
+        if all(info.key_id != identity for info in found):
+            found.append(KeyInfo(identity, False, protected))
+    return found
+
+
+def public(folder: Path) -> bytes:
+    """Return the active key's public half (PEM).
+
+    Raises:
+        CertificationError: there is none.
+    """
+    try:
+        return signing.canonical_pem((folder / PUBLIC_KEY).read_bytes())
+    except FileNotFoundError:
+        raise CertificationError("this site has no signing key: make one with `medsynth keys new`") from None
+
+
+def read_endorsements(folder: Path) -> bytes:
+    """Return the endorsements of former keys, to be put into a release; empty when nothing was rotated."""
+    path = folder / ENDORSEMENTS
+    return path.read_bytes() if path.is_file() else b""
+
+
+def new_passphrase(file: Path | None = None) -> bytes:
+    """Return a passphrase for a new key: from ``file``, the environment, or typed twice at the terminal.
+
+    Raises:
+        CertificationError: none can be had, the two typed ones differ, or it is too short.
+    """
+    found = _from_file(file) if file is not None else stored_passphrase()
+    if found is None:
+        if not sys.stdin.isatty():
+            raise CertificationError(_nobody_to_ask("a passphrase for the new key is needed"))
+        found = getpass.getpass("New passphrase: ").encode()
+        if getpass.getpass("The same again: ").encode() != found:
+            raise CertificationError("the two passphrases differ: nothing was changed, try again")
+    if len(found) < MIN_PASSPHRASE:
+        raise CertificationError(f"the passphrase is too short: use at least {MIN_PASSPHRASE} characters")
+    return found
+
+
+def opening_passphrase(ask: bool = True) -> bytes:
+    """Return the passphrase of an existing key: from the environment, or asked for at the terminal.
+
+    Raises:
+        CertificationError: none can be had.
+    """
+    found = stored_passphrase()
+    if found is None:
+        if not (ask and sys.stdin.isatty()):
+            raise CertificationError(_nobody_to_ask("the signing key is protected by a passphrase"))
+        found = getpass.getpass("Passphrase of the signing key: ").encode()
+    return found
+
+
+def stored_passphrase() -> bytes | None:
+    """Return the passphrase that the environment holds or names a file of; None when it does neither."""
+    value, file = os.environ.get(PASSPHRASE), os.environ.get(PASSPHRASE_FILE)
+    if value:
+        return value.encode()
+    return _from_file(Path(file)) if file else None
+
+
+def _from_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_mode & _OTHERS:
+            raise CertificationError("the passphrase file may be read by others: make its mode 0600")
+        value = path.read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        raise CertificationError(f"the passphrase file cannot be read: {error.strerror}") from error
+    if not value:
+        raise CertificationError("the passphrase file is empty: write the passphrase into its first line")
+    return value
+
+
+def _nobody_to_ask(why: str) -> str:
+    return f"{why}, and nobody can be asked here: set {PASSPHRASE}, or {PASSPHRASE_FILE} to a file of mode 0600"
+
+
+def _read_private(path: Path) -> bytes:
+    try:
+        if path.stat().st_mode & _OTHERS:
+            raise CertificationError(f"the signing key '{path.name}' may be read by others: make its mode 0600")
+        return path.read_bytes()
+    except OSError as error:
+        raise CertificationError(f"the signing key cannot be read: {error.strerror}") from error
+
+
+def _install(folder: Path, key: SigningKey, passphrase: bytes | None) -> str:
+    _write(folder / PRIVATE_KEY, signing.private_pem(key, passphrase), 0o600)
+    _write(folder / PUBLIC_KEY, signing.public_pem(key), 0o644)
+    return signing.key_id(signing.public_pem(key))
+
+
+def _locked(folder: Path) -> FileLock:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return FileLock(folder / ".lock", mode=0o600)
+    except OSError as error:
+        raise CertificationError(f"the folder of the signing keys cannot be used: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Replace a file as a whole; with its mode from the start, a key is at no time readable by others."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise CertificationError(f"the folder of the signing keys cannot be written: {error.strerror}") from error
