@@ -1,32 +1,33 @@
-"""The privacy ledger: append-only, hash-chained JSON lines; every spend is written down before it happens.
+"""The privacy ledger of a run: append-only chained lines; every spend is written down before it happens.
 
-A line is a ``reserve``, a ``resume`` or a ``complete`` record. ``id`` is the SHA-256 of the record without it, and
-``previous`` the id of the line above, so that a change anywhere breaks the chain. Only public values go in: never the
-number of patients, batch sizes, losses, seeds or paths.
+A line (see :mod:`medsynth.privacy.chain`) is a ``reserve``, a ``resume`` or a ``complete`` record. Only public values
+go in: never the number of patients, batch sizes, losses, seeds or paths. What a run reserves is written to the account
+of its cohort first (:mod:`medsynth.privacy.account`), so that other runs on the same patients see it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any, Protocol
 
 from medsynth import __version__
-from medsynth.errors import BudgetError, PrivacyError, VerificationError
+from medsynth.errors import BudgetError, PrivacyError
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.accounting import epsilon as compose
+from medsynth.privacy.chain import GENESIS, Chain, Record, canonical
 from medsynth.privacy.entropy import describe_source
 
-GENESIS = "0" * 64
+if TYPE_CHECKING:
+    from medsynth.privacy.account import Account
+
 UNIT = "patient"
 RELATION = "add_or_remove_one"
-Record = dict[str, Any]
 
 
 class Mechanism(Protocol):
@@ -61,15 +62,23 @@ _FORBIDDEN = frozenset({"n", "patients", "n_patients", "batch_size", "batch_size
 
 
 class Ledger:
-    """The ledger of one cohort, a file that several processes may append to.
+    """The ledger of one run, a file that several processes may append to.
 
     *Guarantees*: no sequence of reservations through this class composes to more than the budget that was passed with
-    the last accepted one; an interrupted reservation stays spent.
+    the last accepted one; an interrupted reservation stays spent. With an account, whatever this ledger holds the
+    account holds too, and no reservation exceeds the account's limit.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, account: Account | None = None) -> None:
+        """Name the file; nothing is read or written.
+
+        Args:
+            path: the file.
+            account: the account of the cohort; None leaves the ledger on its own.
+        """
         self.path = path
-        self._lock = FileLock(f"{path}.lock")
+        self.account = account
+        self._chain = Chain(path)
 
     def reserve(
         self,
@@ -86,6 +95,7 @@ class Ledger:
         sampling: Mapping[str, Any] | None = None,
         preflight: Mapping[str, Any] | None = None,
         resume: bool = False,
+        trials: int = 1,
     ) -> str:
         """Write down what a stage is about to spend, before it reads a patient.
 
@@ -106,20 +116,28 @@ class Ledger:
             preflight: ``Evidence.to_json()`` for DP-SGD.
             resume: go on within an interrupted reservation of the same stage, configuration, parents and events,
                 where there is one (stages that journal their steps only).
+            trials: declared number of studies of a sweep, each charged like this one.
 
         Returns:
             The id of the reservation.
 
         Raises:
-            BudgetError: everything reserved before plus this exceeds the budget; nothing is written.
-            VerificationError: the ledger's chain is broken.
-            PrivacyError: a value that must not be recorded, or DP-SGD without a passed preflight.
+            BudgetError: everything reserved before plus this exceeds the budget of the study or the limit of the
+                account; nothing is written.
+            VerificationError: the chain of the ledger or of the account is broken.
+            PrivacyError: a budget that is no budget, a value that must not be recorded, DP-SGD without a passed
+                preflight, or a ledger of another cohort.
+            StoreError: ledger or account cannot be written.
         """
+        _require_budget(epsilon, delta, trials)
         events = [entry if isinstance(entry, Event) else entry.event() for entry in mechanisms]
         clip_norms, by_plan, schemes = _plan_fields(mechanisms)
         _require_preflight(events, preflight)
         record: Record = {
             "type": "reserve",
+            "nonce": secrets.token_hex(16),  # two equal reservations are two spends: their ids must differ
+            "account": self.account.id if self.account is not None else None,
+            "trials": trials,
             "stage": stage,
             "code": f"medsynth {__version__}",
             "mechanisms": [e.kind if isinstance(e, Event) else f"{e.kind}:{e.name}" for e in mechanisms],
@@ -134,13 +152,19 @@ class Ledger:
             "budget": {"epsilon": _finite_or_text(epsilon), "delta": delta},
         }
         _refuse_private(record)
-        with self._lock:
-            records = self._repaired()
+        with self._locked():
+            records = self._chain.mended()
+            if self.account is not None:
+                self.account.adopt(records)
             if resume and (found := _interrupted(records, record)) is not None:
-                self._append(records, {"type": "resume", "entry": found})
+                self._chain.append(self._chain.seal(records, {"type": "resume", "entry": found}))
                 return found
-            _check_budget(records, events, epsilon, delta, stage)
-            return self._append(records, record)
+            _check_budget(records, record, epsilon, delta)
+            sealed = self._chain.seal(records, record)
+            if self.account is not None:
+                # First there: a crash in between is charged, never forgotten.
+                self.account.reserve(records, sealed)
+            return self._chain.append(sealed)
 
     def complete(self, entry_id: str, outputs: Mapping[str, str], executed: Sequence[Event] | None = None) -> None:
         """Write down that a reservation was used up and what came out.
@@ -155,8 +179,8 @@ class Ledger:
         """
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in outputs):
             raise PrivacyError("outputs are named relative to the stage folder, never by an absolute path")
-        with self._lock:
-            records = self._repaired()
+        with self._locked():
+            records = self._chain.mended()
             found = [r for r in records if r["type"] == "reserve" and r["id"] == entry_id]
             if not found:
                 raise PrivacyError("this ledger holds no such reservation: complete what reserve() returned")
@@ -167,7 +191,10 @@ class Ledger:
             if not _within(ran, reserved):
                 raise PrivacyError("more was executed than was reserved: this ledger's epsilon would be false")
             record = {"type": "complete", "entry": entry_id, "outputs": dict(outputs)}
-            self._append(records, {**record, "executed": [event.to_json() for event in ran]})
+            sealed = self._chain.seal(records, {**record, "executed": [event.to_json() for event in ran]})
+            self._chain.append(sealed)
+            if self.account is not None:
+                self.account.complete(entry_id)
 
     def completed(self, config_digest: str, parents: Mapping[str, str], outputs: Mapping[str, str]) -> str | None:
         """Return the finished reservation that put out exactly ``outputs`` from these settings and folders, if any."""
@@ -183,7 +210,7 @@ class Ledger:
         Raises:
             VerificationError: the chain is broken.
         """
-        records = self._verified()
+        records = self._chain.records()
         done = {record["entry"]: record for record in records if record["type"] == "complete"}
         return [
             {
@@ -201,93 +228,50 @@ class Ledger:
         Raises:
             VerificationError: says which line is changed, missing, moved or incomplete.
         """
-        self._verified()
+        self._chain.records()
 
     @property
     def head(self) -> str:
         """Id of the last line; it stands for the whole ledger."""
-        records = self._verified()
+        records = self._chain.records()
         return str(records[-1]["id"]) if records else GENESIS
 
     def spent(self, delta: float) -> float:
-        """Return epsilon of all reservations together, finished or not."""
-        return compose(events_of(self._verified()), delta)
+        """Return epsilon of all reservations together, finished or not, declared trials included."""
+        return compose(charged_events(self._chain.records()), delta)
 
     def taints(self) -> list[str]:
         """Return why nothing that rests on this ledger can be certified; empty when it can."""
-        return taints_of(self._verified())
+        return taints_of(self._chain.records())
 
-    def _verified(self) -> list[Record]:
-        raw = self.path.read_bytes() if self.path.exists() else b""
-        return parse_chain(raw)
-
-    def _repaired(self) -> list[Record]:
-        """Return the records after mending a crash in the middle of an append; call it under the lock."""
-        raw = self.path.read_bytes() if self.path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            # reserve() returns after the line's end is on disk, so nobody acted on an incomplete line. A line that
-            # lacks only its end stays: it counts as spent.
-            try:
-                records = parse_chain(raw + b"\n")
-                self._write(b"\n")
-                return records
-            except VerificationError:
-                with self.path.open("r+b") as handle:
-                    handle.truncate(len(whole))
-                    os.fsync(handle.fileno())
-        return parse_chain(whole)
-
-    def _append(self, records: Sequence[Record], record: Record) -> str:
-        body = {**record, "previous": records[-1]["id"] if records else GENESIS}
-        identity = _identity(body)
-        self._write(_canonical({**body, "id": identity}) + b"\n")
-        return identity
-
-    def _write(self, data: bytes) -> None:
-        new = not self.path.exists()
-        with self.path.open("ab") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        if new:
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-def parse_chain(raw: bytes) -> list[Record]:
-    """Return the records of a ledger file after checking its chain.
-
-    Raises:
-        VerificationError: says which line is changed, missing, moved or incomplete.
-    """
-    if raw and not raw.endswith(b"\n"):
-        number = len(raw.splitlines())
-        raise VerificationError(f"ledger line {number} is incomplete: a writer was stopped inside it")
-    records: list[Record] = []
-    previous = GENESIS
-    for number, line in enumerate(raw.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            body = {key: value for key, value in record.items() if key != "id"}
-            sound = record["id"] == _identity(body) and line == _canonical(record)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise VerificationError(f"ledger line {number} is unreadable") from error
-        if not sound:
-            raise VerificationError(f"ledger line {number} was changed: its digest does not fit its content")
-        if record["previous"] != previous:
-            raise VerificationError(f"ledger line {number} does not follow the line above it: lines are missing")
-        previous = record["id"]
-        records.append(record)
-    return records
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The account's lock always comes first, so that no two writers wait for each other.
+        outer = self.account.locked() if self.account is not None else contextlib.nullcontext()
+        with outer, self._chain.locked():
+            yield
 
 
 def events_of(records: Sequence[Record]) -> list[Event]:
     """Return every reserved event of ``records``."""
     return [Event.from_json(event) for r in records if r["type"] == "reserve" for event in r["events"]]
+
+
+def charged_events(records: Sequence[Record]) -> list[Event]:
+    """Return every reserved event of ``records`` as often as its study was declared to be tried."""
+    return [
+        replace(event, count=event.count * trials_of(record)) for record in records for event in events_of([record])
+    ]
+
+
+def trials_of(record: Record) -> int:
+    """Return of how many studies the sweep of a reservation was declared to be (1: no sweep)."""
+    return int(record.get("trials", 1))
+
+
+def study_of(records: Sequence[Record]) -> str:
+    """Return what names the study that a ledger belongs to: the id of its first reservation, "" where there is none."""
+    return next((str(record["id"]) for record in records if record["type"] == "reserve"), "")
 
 
 def taints_of(records: Sequence[Record]) -> list[str]:
@@ -303,25 +287,38 @@ def taints_of(records: Sequence[Record]) -> list[str]:
     return reasons
 
 
-def _check_budget(records: Sequence[Record], new: Sequence[Event], epsilon: float, delta: float, stage: str) -> None:
-    before = events_of(records)
-    after = compose([*before, *new], delta)
+def _require_budget(epsilon: float, delta: float, trials: int) -> None:
+    if not epsilon > 0:
+        raise PrivacyError(
+            f"a budget needs epsilon > 0, got {epsilon}: 1 to 10 are usual, infinity means a study without privacy"
+        )
+    if not 0 < delta < 1:
+        raise PrivacyError(f"a budget needs delta in (0, 1), got {delta}: at most 1/(10 N) for N declared patients")
+    if trials < 1:
+        raise PrivacyError(f"a sweep has at least one study, got {trials} trials: set privacy.trials to 1 or more")
+
+
+def _check_budget(records: Sequence[Record], new: Record, epsilon: float, delta: float) -> None:
+    before = charged_events(records)
+    after = compose([*before, *charged_events([new])], delta)
     if after <= epsilon:
         return
+    sweep = f", each of them in {trials_of(new)} trials" if trials_of(new) > 1 else ""
     raise BudgetError(
-        f"stage '{stage}' does not fit into the budget: spent {compose(before, delta):g}, with this {after:g}, "
-        f"budget {epsilon:g} at delta {delta:g}. Spends are never refunded, not by a crash nor by deleting outputs: "
-        "raise privacy.epsilon, lower the stage's share, or start over with a cohort that was not used"
+        f"stage '{new['stage']}' does not fit into the budget{sweep}: spent {compose(before, delta):g}, with this "
+        f"{after:g}, budget {epsilon:g} at delta {delta:g}. Spends are never refunded, not by a crash nor by deleting "
+        "outputs: raise privacy.epsilon, lower the stage's share, or start over with a cohort that was not used"
     )
 
 
 def _interrupted(records: Sequence[Record], wanted: Record) -> str | None:
     done = {record["entry"] for record in records if record["type"] == "complete"}
-    same = ("stage", "config_digest", "parents", "events", "mechanisms", "sensitivity", "denominators", "noise_source")
-    plain = json.loads(_canonical(wanted))
+    same = ["stage", "config_digest", "parents", "events", "trials", "mechanisms", "sensitivity", "denominators"]
+    same.append("noise_source")
+    plain = json.loads(canonical(wanted))
     for record in reversed(records):
         is_open = record["type"] == "reserve" and record["id"] not in done
-        if is_open and all(record[key] == plain[key] for key in same):
+        if is_open and all(record.get(key) == plain[key] for key in same):
             return str(record["id"])
     return None
 
@@ -372,11 +369,3 @@ def _refuse_private(value: Any) -> None:
 
 def _finite_or_text(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def _identity(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(body)).hexdigest()

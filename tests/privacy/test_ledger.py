@@ -14,7 +14,8 @@ import pytest
 from medsynth.errors import BudgetError, PrivacyError, VerificationError
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.journal import StepJournal
-from medsynth.privacy.ledger import GENESIS, Ledger, parse_chain
+from medsynth.privacy.chain import GENESIS, parse_chain
+from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd, GaussianSum
 
 POSE = GaussianSum("pose", 6, clip_norm=4.0, noise_multiplier=1.5, denominator=200.0)
