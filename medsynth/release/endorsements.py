@@ -68,5 +68,5 @@ def _parse(lines: bytes) -> Iterator[tuple[dict[str, Any], bytes, Mapping[str, A
             if statement["predicateType"] != ENDORSEMENT_TYPE:
                 raise ValueError("another kind of statement")
             yield envelope, payload, statement["predicate"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (VerificationError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VerificationError(f"{ENDORSEMENTS}, line {number}: no endorsement of a key") from error

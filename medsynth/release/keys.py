@@ -93,11 +93,24 @@ def open_key(folder: Path, *, ask: bool = True) -> SigningKey:
     return key
 
 
-def protect(folder: Path, passphrase: bytes) -> None:
-    """Encrypt the active key with a (new) passphrase; the public half stays as it is."""
-    key = open_key(folder)
+def protect(folder: Path, file: Path | None = None) -> None:
+    """Encrypt the active key with a (new) passphrase; the public half stays as it is.
+
+    Args:
+        folder: ``HOME/keys``.
+        file: holds the new passphrase; None takes the environment's, or asks at the terminal.
+
+    Raises:
+        CertificationError: there is no key, or a passphrase cannot be had.
+    """
+    path = folder / PRIVATE_KEY
+    if not path.exists():
+        raise CertificationError("there is no key to protect: make one with `medsynth keys new --passphrase`")
+    pem = _read_private(path)
+    key = signing.load_private(pem, opening_passphrase() if signing.is_protected(pem) else None)
+    passphrase = new_passphrase(file)
     with _locked(folder):
-        _write(folder / PRIVATE_KEY, signing.private_pem(key, passphrase), 0o600)
+        _write(path, signing.private_pem(key, passphrase), 0o600)
 
 
 def rotate(folder: Path, passphrase: bytes | None = None, *, delete_old: bool = False, stolen: bool = False) -> str:
@@ -158,6 +171,36 @@ def public(folder: Path) -> bytes:
         return signing.canonical_pem((folder / PUBLIC_KEY).read_bytes())
     except FileNotFoundError:
         raise CertificationError("this site has no signing key: make one with `medsynth keys new`") from None
+
+
+def hand_out(folder: Path, out: Path | None) -> list[str]:
+    """Return the active public key and its fingerprint as lines; with ``out`` the key is written there instead.
+
+    Raises:
+        CertificationError: there is no key, or ``out`` cannot be written.
+    """
+    pem = public(folder)
+    named = f"fingerprint (SHA-256): {signing.fingerprint(signing.key_id(pem))}"
+    if out is None:
+        return [pem.decode().rstrip("\n"), named]
+    try:
+        out.write_bytes(pem)
+    except OSError as error:
+        raise CertificationError(f"the public key cannot be written: {error.strerror}") from error
+    return [f"public key written to {out.name}", named]
+
+
+def handover(folder: Path, *, stolen: bool = False) -> list[str]:
+    """Return what to do after the active key changed."""
+    lines = [
+        f"new signing key, fingerprint (SHA-256): {signing.fingerprint(signing.key_id(public(folder)))}",
+        "hand its public half to collaborators by another way than the releases: `medsynth keys public --out FILE`",
+    ]
+    if stolen:
+        lines.append("tell them to trust the old key no more: whoever has it can sign releases in its name")
+    elif read_endorsements(folder):
+        lines.append("releases made from now on carry the old key's endorsement of this one")
+    return lines
 
 
 def read_endorsements(folder: Path) -> bytes:

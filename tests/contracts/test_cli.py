@@ -24,6 +24,7 @@ VERBS = {
     "export",
     "verify",
     "quarantine",
+    "keys",
     "config",
 }
 HEAVY = ("torch", "monai", "diffusers", "opacus", "mlflow", "highdicom", "matplotlib", "scipy", "pandas")

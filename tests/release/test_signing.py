@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import json
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,28 +91,6 @@ def test_what_is_no_public_ed25519_key_is_refused() -> None:
     ):
         with pytest.raises(VerificationError, match=message):
             signing.key_id(wrong)
-
-
-def test_private_key_is_readable_by_its_owner_only_and_is_used_again(tmp_path: Path) -> None:
-    first = keys.open_key(tmp_path / "keys")
-    second = keys.open_key(tmp_path / "keys")
-    assert stat.S_IMODE((tmp_path / "keys" / "private.pem").stat().st_mode) == 0o600
-    assert signing.public_pem(first) == signing.public_pem(second) == (tmp_path / "keys" / "public.pem").read_bytes()
-
-
-def test_private_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
-    keys.open_key(tmp_path)
-    (tmp_path / "private.pem").chmod(0o644)
-    with pytest.raises(CertificationError, match="0600"):
-        keys.open_key(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense"])
-def test_unreadable_private_key_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "private.pem").write_bytes(content)
-    (tmp_path / "private.pem").chmod(0o600)
-    with pytest.raises(CertificationError, match="no PEM private key"):
-        keys.open_key(tmp_path)
 
 
 def test_private_key_of_another_kind_is_refused(tmp_path: Path) -> None:
