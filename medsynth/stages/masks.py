@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,6 +150,16 @@ def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, diges
     path.write_bytes(released.getvalue())
     logs.say("mask statistics released", noise_multiplier=plan.masks_noise_multiplier, clip_norm=sums.mean.clip_norm)
     return entry
+
+
+def rerun(config: Study, patients: list[Patient], wrap: Callable[[GaussianSum], GaussianSum]) -> None:
+    """Run the stage's mechanisms once more for an audit, each wrapped by ``wrap``; nothing is written or released."""
+    from medsynth.privacy.budget import plan_budget
+    from medsynth.privacy.entropy import open_entropy
+
+    space = ShapeSpace(config.grid, config.masks)
+    sums = _plan_sums(config, space, plan_budget(config.privacy, config.train, config.masks).masks_noise_multiplier)
+    _measure(patients, space, _Sums(wrap(sums.mean), wrap(sums.spread)), open_entropy("test_only"))
 
 
 def _plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> _Sums:

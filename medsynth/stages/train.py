@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,8 @@ _NO_CLIP = 1e12
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What every step of the stage needs."""
+class Job:
+    """What every step of the stage needs (and the audits, which run the same code again)."""
 
     config: Study
     inputs: Mapping[str, Path]
@@ -72,10 +72,12 @@ class _Run:
     tracker: Tracker
 
     def seed(self, *names: str | int) -> int:
+        """Return the seed of one of the stage's public streams."""
         return derive_seed(self.config.seed, "train", *names)
 
     @property
     def parents(self) -> dict[str, str]:
+        """Digest of the cohort, as the ledger names it."""
         return {"cohort": store.read_manifest(self.inputs["cohort"]).digest}
 
 
@@ -91,7 +93,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     digest = config_digest(config, "train")
     parents = stage_inputs(inputs, "cohort", "autoencoder", "masks")
     with store.create(out, "train", digest, parents, keep_partial=True) as folder:
-        job = _Run(config, inputs, folder.path, digest, open_device(config.compute), tracker)
+        job = Job(config, inputs, folder.path, digest, open_device(config.compute), tracker)
         state = _open_state(job)
         torch.manual_seed(job.seed("weights"))
         built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
@@ -111,13 +113,13 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         )
 
 
-def _sensitivity(job: _Run, entries: tuple[str, ...]) -> store.Sensitivity:
+def _sensitivity(job: Job, entries: tuple[str, ...]) -> store.Sensitivity:
     """Return internal for whatever read patients, or the masks of a study that did, without privacy."""
     masks = store.read_manifest(job.inputs["masks"])
     return "released" if masks.releasable and (job.config.privacy.private or not entries) else "internal"
 
 
-def _open_state(job: _Run) -> dict[str, Any]:
+def _open_state(job: Job) -> dict[str, Any]:
     """Return what an interrupted run of the same settings left, or start afresh."""
     read = ("cohort", "autoencoder", "masks")
     wanted = {"digest": job.digest, "parents": {name: store.read_manifest(job.inputs[name]).digest for name in read}}
@@ -134,13 +136,13 @@ def _open_state(job: _Run) -> dict[str, Any]:
     return state
 
 
-def _save_state(job: _Run, state: Mapping[str, Any]) -> None:
+def _save_state(job: Job, state: Mapping[str, Any]) -> None:
     scratch = job.folder / f"{_STATE}.partial"
     scratch.write_text(json.dumps(state), encoding="utf-8")
     scratch.replace(job.folder / _STATE)
 
 
-def _close(job: _Run, state: Mapping[str, Any]) -> tuple[str, ...]:
+def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
     """Complete the training's reservation, remove scratch files and return the ledger entries."""
     entry = state["entries"].get("training")
     if entry is not None:
@@ -153,19 +155,19 @@ def _close(job: _Run, state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(state["entries"].values())
 
 
-def _ledger(job: _Run) -> Ledger:
+def _ledger(job: Job) -> Ledger:
     from medsynth.privacy.ledger import Ledger
 
     return Ledger(job.inputs["ledger"])
 
 
-def _plan(job: _Run) -> BudgetPlan:
+def _plan(job: Job) -> BudgetPlan:
     from medsynth.privacy.budget import plan_budget
 
     return plan_budget(job.config.privacy, job.config.train, job.config.masks)
 
 
-def _patients(job: _Run) -> list[Patient]:
+def _patients(job: Job) -> list[Patient]:
     from medsynth.imaging.cohort import load_patients
 
     return load_patients(job.inputs["cohort"], job.config.grid, "train")
@@ -174,7 +176,7 @@ def _patients(job: _Run) -> list[Patient]:
 # ---------------------------------------------------------------------------------------------------- pre-training
 
 
-def _pretrain(job: _Run, built: Generator, state: dict[str, Any]) -> None:
+def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
     kept = job.folder / _PRETRAINED
     if kept.is_file():
         built.denoiser.load_state_dict(load_file(kept))
@@ -193,7 +195,7 @@ def _pretrain(job: _Run, built: Generator, state: dict[str, Any]) -> None:
     scratch.replace(kept)
 
 
-def _appearance(job: _Run, state: dict[str, Any]) -> AppearanceStatistics:
+def _appearance(job: Job, state: dict[str, Any]) -> AppearanceStatistics:
     """Release the appearance statistics of the patients (once; a resumed run reads them back)."""
     from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.mechanism import GaussianSum
@@ -207,13 +209,9 @@ def _appearance(job: _Run, state: dict[str, Any]) -> AppearanceStatistics:
         space = AppearanceSpace(config.grid, config.train.appearance)
         denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
         noise = _plan(job).appearance_noise_multiplier
-        mechanism = GaussianSum("appearance", space.size, _appearance_clip(job, space), noise, denominator)
+        mechanism = GaussianSum("appearance", space.size, appearance_clip(job, space), noise, denominator)
         entry = _reserve(job, [mechanism], resume=True)
-        vectors = (
-            np.mean([space.vector(i, x) for i, x in zip(p.images.numpy(), p.labels.numpy(), strict=True)], axis=0)
-            for p in _patients(job)
-        )
-        mean = mechanism.release(vectors, open_entropy(config.privacy.entropy))
+        mean = mechanism.release(appearance_vectors(_patients(job), space), open_entropy(config.privacy.entropy))
         released = io.BytesIO()
         np.savez(released, **vars(space.statistics(mean, noise * mechanism.clip_norm / denominator)))
         # Completed before anything is on disk, as in stage masks: no kill buys a second release.
@@ -225,7 +223,15 @@ def _appearance(job: _Run, state: dict[str, Any]) -> AppearanceStatistics:
         return AppearanceStatistics(**{name: arrays[name] for name in arrays.files})
 
 
-def _appearance_clip(job: _Run, space: AppearanceSpace) -> float:
+def appearance_vectors(patients: Iterable[Patient], space: AppearanceSpace) -> Iterator[np.ndarray]:
+    """Yield one vector a patient, the mean over the patient's records."""
+    for patient in patients:
+        records = zip(patient.images.numpy(), patient.labels.numpy(), strict=True)
+        yield np.mean([space.vector(image, label) for image, label in records], axis=0)
+
+
+def appearance_clip(job: Job, space: AppearanceSpace) -> float:
+    """Return the clip norm of the appearance statistics, a public value."""
     if not job.config.privacy.private:
         return _NO_CLIP
     if job.config.train.appearance.clip_norm is not None:
@@ -239,7 +245,7 @@ def _appearance_clip(job: _Run, space: AppearanceSpace) -> float:
 
 
 def _phantom_latents(
-    job: _Run, built: Generator, appearance: AppearanceStatistics | None, count: int
+    job: Job, built: Generator, appearance: AppearanceStatistics | None, count: int
 ) -> tuple[Tensor, Tensor]:
     """Return latents and encoded masks of public (or released) pairs: drawn label maps, dressed images."""
     from medsynth.imaging.phantom import render
@@ -280,7 +286,7 @@ def _reporter(tracker: Tracker, name: str) -> Any:
 # -------------------------------------------------------------------------------------------------------- patients
 
 
-def _encode_patients(job: _Run, built: Generator) -> list[tuple[str, Tensor, Tensor]]:
+def _encode_patients(job: Job, built: Generator) -> list[tuple[str, Tensor, Tensor]]:
     encoded = []
     for patient in _patients(job):
         latents = built.codec.encode(patient.images.to(job.device)).cpu()
@@ -289,7 +295,7 @@ def _encode_patients(job: _Run, built: Generator) -> list[tuple[str, Tensor, Ten
     return encoded
 
 
-def _train_openly(job: _Run, built: Generator, state: dict[str, Any]) -> None:
+def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     """Train on patients without privacy; the ledger says so, and nothing that follows can be certified."""
     from medsynth.privacy.accounting import Event
 
@@ -306,7 +312,7 @@ def _train_openly(job: _Run, built: Generator, state: dict[str, Any]) -> None:
     fit(built.denoiser, draw, steps, settings.steps, settings.learning_rate, settings, stream, report)
 
 
-def _train_private(job: _Run, built: Generator, state: dict[str, Any]) -> None:
+def _train_private(job: Job, built: Generator, state: dict[str, Any]) -> None:
     """Take T steps of DP-SGD on patients; see the module's first lines for what a kill means."""
     from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.gradients import open_backend
@@ -317,7 +323,7 @@ def _train_private(job: _Run, built: Generator, state: dict[str, Any]) -> None:
     settings, privacy = job.config.train, job.config.privacy
     model = built.denoiser.train()
     refuse_modules(model)
-    public = _public_batches(job, built)
+    public = public_batches(job, built)
     clip_norm = settings.clip_norm or _public_gradient_norm(model, public)
     backend = open_backend(settings.backend, model, row_loss, clip_norm)
     evidence = preflight(backend, model, row_loss, public[:_PREFLIGHT_UNITS], clip_norm)
@@ -342,7 +348,7 @@ def _train_private(job: _Run, built: Generator, state: dict[str, Any]) -> None:
 
 
 def _private_steps(
-    job: _Run,
+    job: Job,
     built: Generator,
     backend: Backend,
     mechanism: DpSgd,
@@ -360,7 +366,7 @@ def _private_steps(
     steps = journal.claimed_steps(_CLAIM)
     for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
         units = [
-            _unit_batch(job, model.preconditioning, *encoded[index], step)
+            unit_batch(job, model.preconditioning, *encoded[index], step)
             for index in mechanism.draw(len(encoded), entropy)
         ]
         total = backend.clipped_sum(units)
@@ -378,8 +384,8 @@ def _private_steps(
     ema.copy_to(parameters)
 
 
-def _unit_batch(
-    job: _Run, preconditioning: Preconditioning, patient_id: str, latents: Tensor, masks: Tensor, step: int
+def unit_batch(
+    job: Job, preconditioning: Preconditioning, patient_id: str, latents: Tensor, masks: Tensor, step: int
 ) -> Batch:
     """Return one patient's rows of one step: a function of the patient and public seeds, of nobody else."""
     settings = job.config.train
@@ -389,7 +395,8 @@ def _unit_batch(
     return {name: value.to(job.device) for name, value in batch.items()}
 
 
-def _public_batches(job: _Run, built: Generator) -> list[Batch]:
+def public_batches(job: Job, built: Generator) -> list[Batch]:
+    """Return batches of phantoms, made like those of patients."""
     from medsynth.imaging.phantom import phantom_pairs
 
     seed = derive_seed(job.config.encode.phantoms.seed, "train", "preflight")
@@ -398,7 +405,7 @@ def _public_batches(job: _Run, built: Generator) -> list[Batch]:
     for index in range(len(images)):
         latents = built.codec.encode(torch.from_numpy(images[index : index + 1]).to(job.device)).cpu()
         masks = built.masks(torch.from_numpy(labels[index : index + 1]).to(job.device)).cpu()
-        batches.append(_unit_batch(job, built.denoiser.preconditioning, f"phantom-{index}", latents, masks, 0))
+        batches.append(unit_batch(job, built.denoiser.preconditioning, f"phantom-{index}", latents, masks, 0))
     return batches
 
 
@@ -409,11 +416,11 @@ def _public_gradient_norm(model: torch.nn.Module, batches: list[Batch]) -> float
     return max(float(np.median(norms)), 1e-6)
 
 
-def _unit(job: _Run) -> dict[str, Any]:
+def _unit(job: Job) -> dict[str, Any]:
     return {"draws": job.config.train.draws, "max_records": job.config.train.max_records}
 
 
-def _reserve(job: _Run, mechanisms: list[Any], **more: Any) -> str:
+def _reserve(job: Job, mechanisms: list[Any], **more: Any) -> str:
     privacy = job.config.privacy
     return _ledger(job).reserve(
         "train",
@@ -427,7 +434,7 @@ def _reserve(job: _Run, mechanisms: list[Any], **more: Any) -> str:
     )
 
 
-def _epsilon_curve(job: _Run, mechanism: DpSgd, entry: str) -> dict[int, float]:
+def _epsilon_curve(job: Job, mechanism: DpSgd, entry: str) -> dict[int, float]:
     """Return epsilon of everything in the ledger with only the first t steps of reservation ``entry``, for a few t."""
     from medsynth.privacy.accounting import epsilon
     from medsynth.privacy.ledger import events_of
@@ -438,14 +445,14 @@ def _epsilon_curve(job: _Run, mechanism: DpSgd, entry: str) -> dict[int, float]:
     return {int(t): epsilon([*before, replace(event, count=int(t))], job.config.privacy.delta) for t in points}
 
 
-def _keep(job: _Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
+def _keep(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
     trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     scratch = job.folder / f"{_CHECKPOINT}.partial"
     torch.save({"parameters": trainable, "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, scratch)
     scratch.replace(job.folder / _CHECKPOINT)
 
 
-def _restore(job: _Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
+def _restore(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
     path = job.folder / _CHECKPOINT
     if not path.is_file():
         return

@@ -125,11 +125,11 @@ def test_pitfall_01_a_patient_of_many_slices_is_one_unit_with_one_clip(
 
 def rows_of(study: Study, inputs: dict[str, Path], folder: Path, person: str) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    job = train._Run(study, inputs, folder, "0" * 64, torch.device("cpu"), Tracker())
+    job = train.Job(study, inputs, folder, "0" * 64, torch.device("cpu"), Tracker())
     torch.manual_seed(job.seed("weights"))
     built = train.build_generator(study.grid, study.train, train.load_codec(inputs["autoencoder"]))
     encoded = {name: rows for name, *rows in train._encode_patients(job, built)}
-    return train._unit_batch(job, built.denoiser.preconditioning, person, *encoded[person], step=3)
+    return train.unit_batch(job, built.denoiser.preconditioning, person, *encoded[person], step=3)
 
 
 def test_a_patients_rows_depend_on_that_patient_alone(
