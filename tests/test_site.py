@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medsynth.site import signing_keys, site_home
+from medsynth.errors import StoreError
+from medsynth.site import accounts, signing_keys, site_home, site_key
 
 
 def test_the_variable_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -38,3 +39,31 @@ def test_a_relative_variable_means_the_same_folder_from_everywhere(
     first = site_home()
     monkeypatch.chdir("/")
     assert first == tmp_path / "here" and first.is_absolute()
+
+
+def test_the_key_is_drawn_once_and_is_the_owners(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEDSYNTH_HOME", str(tmp_path / "home"))
+    key = site_key()
+    assert len(key) == 32 and site_key() == key
+    assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "home" / "site.key").stat().st_mode & 0o777 == 0o600
+    assert accounts().stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("MEDSYNTH_HOME", str(tmp_path / "other"))
+    assert site_key() != key
+
+
+def test_a_damaged_key_is_not_replaced_in_silence() -> None:
+    site_key()
+    path = site_home() / "site.key"
+    path.write_bytes(b"short")
+    with pytest.raises(StoreError, match="restore it from a copy"):
+        site_key()
+    assert path.read_bytes() == b"short"
+
+
+def test_a_home_that_cannot_be_made_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MEDSYNTH_HOME", str(tmp_path / "file" / "home"))
+    for act in (site_key, accounts):
+        with pytest.raises(StoreError, match=r"MEDSYNTH_HOME cannot be used .*kept between runs"):
+            act()

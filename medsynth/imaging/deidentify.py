@@ -1,4 +1,5 @@
-"""Pseudonyms: keyed hashes that only the holder of the cohort folder can tie to a person or a file."""
+"""Keyed hashes: pseudonyms that only the holder of the cohort folder can tie to a person or a file, and references by
+which one site recognises its patients in other cohorts."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from medsynth.errors import InputError, StoreError
 
 KEY_FILE = "pseudonym.key"
 QUARANTINE_FILE = "quarantine.csv"
+REFERENCES_FILE = "references.txt"
 _KEY_BYTES = 32
 
 
@@ -46,6 +48,62 @@ def create_pseudonyms(folder: Path) -> Pseudonyms:
     with os.fdopen(handle, "wb") as file:
         file.write(key)
     return Pseudonyms(key)
+
+
+@dataclass(frozen=True)
+class References:
+    """By what a site recognises the patients of a cohort: HMAC-SHA256 (RFC 2104) under the site's own key.
+
+    Attributes:
+        key_id: which key it was, without telling the key.
+        names: one a DICOM Patient ID with its issuer and one a picture's voxel values; private, as is their number.
+    """
+
+    key_id: str
+    names: frozenset[str] = field(repr=False)
+
+
+def reference_person(key: bytes, person: str) -> str:
+    """Return the reference of a patient by the hospital's own identifier (DICOM Patient ID with its issuer)."""
+    return _keyed(key, "person", person)
+
+
+def reference_picture(key: bytes, values: str) -> str:
+    """Return the reference of a picture by the digest of its voxel values (``Loaded.values``)."""
+    return _keyed(key, "picture", values)
+
+
+def key_id(key: bytes) -> str:
+    """Return what names a site's key without telling it."""
+    return _keyed(key, "key", "")
+
+
+def write_references(folder: Path, references: References) -> None:
+    """Write the references of a cohort into its (private) folder."""
+    lines = [references.key_id, *sorted(references.names)]
+    (folder / REFERENCES_FILE).write_text("\n".join(lines) + "\n", encoding="ascii")
+
+
+def read_references(cohort: Path) -> References:
+    """Read what :func:`write_references` wrote.
+
+    Raises:
+        StoreError: there is nothing.
+    """
+    try:
+        lines = (cohort / REFERENCES_FILE).read_text(encoding="ascii").split()
+    except OSError:
+        lines = []
+    if len(lines) < 2:
+        raise StoreError(
+            "the cohort folder does not say by what its patients are recognised in other runs: run ingest again with "
+            "--replace"
+        )
+    return References(lines[0], frozenset(lines[1:]))
+
+
+def _keyed(key: bytes, kind: str, text: str) -> str:
+    return hmac.new(key, f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
 
 
 def relative(path: Path, source: Path) -> str:

@@ -51,6 +51,12 @@ class Loaded:
         shape = ",".join(map(str, array.shape))
         return hashlib.sha256(shape.encode() + np.ascontiguousarray(array, dtype="<f4").tobytes()).hexdigest()
 
+    @property
+    def values(self) -> str:
+        """SHA-256 of the sorted voxel values: the same however the picture is turned, mirrored or stored."""
+        array = np.sort(self.image.numpy(), axis=None)
+        return hashlib.sha256(np.ascontiguousarray(array, dtype="<f4").tobytes()).hexdigest()
+
 
 def load_case(case: Case, grid: Grid, settings: Ingest) -> Loaded:
     """Read image and mask of a case.

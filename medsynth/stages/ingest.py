@@ -13,10 +13,21 @@ from medsynth import logs
 from medsynth.config import Study
 from medsynth.errors import InputError
 from medsynth.imaging.cohort import CASE_COLUMNS, CASES_FILE, write_case
-from medsynth.imaging.deidentify import QUARANTINE_FILE, Pseudonyms, create_pseudonyms, relative
+from medsynth.imaging.deidentify import (
+    QUARANTINE_FILE,
+    Pseudonyms,
+    References,
+    create_pseudonyms,
+    key_id,
+    reference_person,
+    reference_picture,
+    relative,
+    write_references,
+)
 from medsynth.imaging.layouts import Case, discover
 from medsynth.imaging.refusal import REASONS, CaseRefused
 from medsynth.randomness import derive_seed
+from medsynth.site import site_key
 from medsynth.stages.inputs import config_digest
 from medsynth.store import Manifest, create
 from medsynth.tracking import Tracker
@@ -44,6 +55,7 @@ class Outcome:
 
     rows: tuple[Row, ...]
     refused: tuple[tuple[Case, str], ...]
+    references: frozenset[str] = field(repr=False)
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
@@ -57,7 +69,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
     Raises:
         InputError: nothing usable in the input, or a split with an empty side.
-        StoreError: ``out`` exists or cannot be written.
+        StoreError: ``out`` exists or cannot be written, or the site's key cannot.
     """
     source = inputs.get("source")
     if source is None:
@@ -67,9 +79,10 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     with create(out, "ingest", config_digest(config, "ingest")) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # readers warn with the values of headers, which may name a patient
         cases = discover(source, config.ingest)
-        names = create_pseudonyms(folder.path)
-        outcome = _read_all(config, cases, source, folder.path, names)
+        names, key = create_pseudonyms(folder.path), site_key()
+        outcome = _read_all(config, cases, source, folder.path, names, key)
         _check(config, outcome)
+        write_references(folder.path, References(key_id(key), outcome.references))
         _write_csv(folder.path / CASES_FILE, CASE_COLUMNS, [_as_text(row) for row in outcome.rows])
         refusals = _refusals(outcome.refused, source, names)
         _write_csv(folder.path / QUARANTINE_FILE, QUARANTINE_COLUMNS, refusals)
@@ -87,8 +100,9 @@ def split_of(person: str, config: Study) -> str:
     return "test" if draw < config.ingest.test_fraction else "train"
 
 
-def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, names: Pseudonyms) -> Outcome:
+def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, names: Pseudonyms, key: bytes) -> Outcome:
     rows: list[Row] = []
+    references: set[str] = set()
     refused: list[tuple[Case, str]] = []
     owner_of: dict[str, str] = {}
     trained = {case.person for case in cases if case.split == "train"}
@@ -96,14 +110,23 @@ def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, nam
         try:
             if case.split == "test" and case.person in trained:
                 raise CaseRefused("patient_in_both_splits")
-            rows.append(_read_one(config, case, relative(case.images[0], source), out, names, owner_of))
+            row, values = _read_one(config, case, relative(case.images[0], source), out, names, owner_of)
+            rows.append(row)
+            references.add(reference_picture(key, values))
+            # Names of files are no identity: two hospitals both have a case_001.
+            references |= {reference_person(key, case.person)} if case.source == "dicom" else set()
         except CaseRefused as refusal:
             refused.append((case, refusal.reason))
-    return Outcome(tuple(rows), tuple(refused))
+    return Outcome(tuple(rows), tuple(refused), frozenset(references))
 
 
-def _read_one(config: Study, case: Case, place: str, out: Path, names: Pseudonyms, owner_of: dict[str, str]) -> Row:
-    """Load, check and write one case; ``owner_of`` (content to person) is the caller's register and is added to."""
+def _read_one(
+    config: Study, case: Case, place: str, out: Path, names: Pseudonyms, owner_of: dict[str, str]
+) -> tuple[Row, str]:
+    """Load, check and write one case; return its row and the digest of its voxel values.
+
+    ``owner_of`` (content to person) is the caller's register and is added to.
+    """
     from medsynth.imaging.loading import load_case
     from medsynth.imaging.transforms import to_grid
 
@@ -118,7 +141,7 @@ def _read_one(config: Study, case: Case, place: str, out: Path, names: Pseudonym
         raise CaseRefused("duplicate_content")
     case_id = names.case(place)
     write_case(out, case_id, images, labels, config.grid)
-    return Row(
+    row = Row(
         case_id=case_id,
         patient_id=names.patient(case.person),
         split=case.split or split_of(case.person, config),
@@ -127,6 +150,7 @@ def _read_one(config: Study, case: Case, place: str, out: Path, names: Pseudonym
         labelled=loaded.labelled,
         content=loaded.content,
     )
+    return row, loaded.values
 
 
 def _check(config: Study, outcome: Outcome) -> None:
