@@ -58,16 +58,21 @@ def open_backend(name: str, model: nn.Module, row_loss: RowLoss, clip_norm: floa
     """Open a backend for a model whose trainable parameters are already chosen (``requires_grad``).
 
     Args:
-        name: ``unit`` (autograd patient by patient, the reference) or ``opacus`` (GradSampleModule hooks).
+        name: ``bookkeeping`` (one backward for many patients), ``unit`` (autograd patient by patient, the reference)
+            or ``opacus`` (GradSampleModule hooks).
         model: the denoiser; its state is not changed.
         row_loss: losses by row.
         clip_norm: L2 bound on one patient's gradient.
 
     Raises:
-        PrivacyError: unknown name, or a model with nothing to train.
+        PrivacyError: unknown name, a model with nothing to train, or parameters that the backend cannot clip.
     """
     if not trainable(model):
         raise PrivacyError("the model has no trainable parameter: nothing to train privately")
+    if name == "bookkeeping":
+        from medsynth.privacy.engine.bookkeeping import BookkeepingBackend
+
+        return BookkeepingBackend(model, row_loss, clip_norm)
     if name == "unit":
         from medsynth.privacy.gradients_unit import UnitBackend
 
@@ -76,7 +81,7 @@ def open_backend(name: str, model: nn.Module, row_loss: RowLoss, clip_norm: floa
         from medsynth.privacy.gradients_opacus import OpacusBackend
 
         return OpacusBackend(model, row_loss, clip_norm)
-    raise PrivacyError(f"unknown gradient backend '{name}': expected unit or opacus")
+    raise PrivacyError(f"unknown gradient backend '{name}': expected bookkeeping, unit or opacus")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

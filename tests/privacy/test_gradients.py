@@ -19,7 +19,7 @@ from medsynth.privacy.preflight import preflight, refuse_modules
 
 # Importing MONAI warns about its own dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-BACKENDS = ("unit", "opacus")
+BACKENDS = ("bookkeeping", "unit", "opacus")
 
 
 def _denoiser(dims: int) -> nn.Module:
@@ -325,7 +325,7 @@ def test_losses_over_the_batch_are_refused() -> None:
 
 def test_nothing_to_train_and_unknown_backends_are_refused() -> None:
     model = _denoiser(2)
-    with pytest.raises(PrivacyError, match="unit or opacus"):
+    with pytest.raises(PrivacyError, match="bookkeeping, unit or opacus"):
         open_backend("ghost", model, _diffusion_loss, 1.0)
     with pytest.raises(PrivacyError, match="no trainable"):
         open_backend("unit", model.requires_grad_(False), _diffusion_loss, 1.0)

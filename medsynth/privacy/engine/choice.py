@@ -1,0 +1,131 @@
+"""Which rule treats a parameter: the cheapest on the real shapes, timed once, within a memory budget.
+
+Whichever wins, the result is the same to rounding; only time and memory differ.
+
+- *keep* (S): instantiate every unit's gradient, keep it, and sum with the clip factors later;
+- *discard* (I): instantiate a few units at a time for their norms, then one ordinary weight gradient;
+- *gram* (G): norms from Gram matrices, then one ordinary weight gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from medsynth.privacy.engine.part import Part
+
+# Bytes of instantiated gradients that *discard* works on at a time.
+_CHUNK = 2**23
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter is treated; ``method`` is one of the part's methods or grams."""
+
+    kind: Literal["keep", "discard", "gram"]
+    method: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds of every rule, and the bytes that *keep* needs beyond what it frees."""
+
+    seconds: dict[Rule, float]
+    kept_bytes: int
+
+
+@dataclass
+class Chooser:
+    """Rules by (layer shapes, device, threads), timed at first sight.
+
+    Attributes:
+        keep_bytes: how many bytes kept gradients may take in one backward, beyond the activations that they free.
+        forced: kind of every rule that can have it, for tests.
+    """
+
+    keep_bytes: int
+    forced: str | None = None
+    cache: dict[Any, Costs] = field(default_factory=dict)
+
+    def choose(self, part: Part, left: int) -> tuple[Rule, int]:
+        """Return the cheapest rule for ``part`` with ``left`` bytes to keep, and the bytes that it takes of them."""
+        key = (part.key(), part.held[0].device, torch.get_num_threads(), self.forced)
+        if key not in self.cache:
+            self.cache[key] = self._measure(part)
+        costs = self.cache[key]
+        allowed = [rule for rule in costs.seconds if rule.kind != "keep" or costs.kept_bytes <= left]
+        rule = min(allowed, key=lambda rule: costs.seconds[rule])
+        return rule, costs.kept_bytes if rule.kind == "keep" else 0
+
+    def _measure(self, part: Part) -> Costs:
+        size = part.shape.numel() * 4
+        kept = max(0, part.units * size - sum(t.numel() * t.element_size() for t in part.held))
+        factors = torch.ones(part.units, device=part.held[0].device)
+        contract = _seconds(lambda: part.contract(factors, part.held), factors.device)
+        seconds = {}
+        for method in part.grams():
+            seconds[Rule("gram", method)] = contract + _seconds(_call(part.squares, method), factors.device)
+        for method in part.methods():
+            if kept <= self.keep_bytes:
+                seconds[Rule("keep", method)] = _seconds(_keep(part, method, factors), factors.device)
+            seconds[Rule("discard", method)] = contract + _seconds(_call(_discard, part, method), factors.device)
+        wanted = {rule: cost for rule, cost in seconds.items() if rule.kind == self.forced}
+        return Costs(wanted or seconds, kept)
+
+
+def discarded_squares(parts: list[Part], method: str | None = None) -> Tensor:
+    """Return ``|G_i|^2`` of the sum of ``parts`` (calls of one parameter), instantiated a few units at a time."""
+    units, size = parts[0].units, parts[0].shape.numel() * 4
+    step = max(1, _CHUNK // size)
+    found = []
+    for first in range(0, units, step):
+        last = min(units, first + step)
+        total = parts[0].samples(first, last, method or parts[0].methods()[0])
+        for part in parts[1:]:
+            total = total + part.samples(first, last, method or part.methods()[0])
+        found.append(squared_lengths(total.flatten(1)))
+    return torch.cat(found)
+
+
+def squared_lengths(rows: Tensor) -> Tensor:
+    """Return the squared length of each row of (units, n), by a blocked product, so that rounding stays small."""
+    return torch.bmm(rows.unsqueeze(1), rows.unsqueeze(2)).flatten()
+
+
+def _discard(part: Part, method: str) -> Tensor:
+    return discarded_squares([part], method)
+
+
+def _keep(part: Part, method: str, factors: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        rows = part.samples(0, part.units, method).flatten(1)
+        squared_lengths(rows)
+        return factors.to(rows.dtype) @ rows
+
+    return run
+
+
+def _call(function: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
+    return lambda: function(*arguments)
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Return the shortest of a few runs after a first one; a first run that takes long is not repeated."""
+    best = float("inf")
+    for repeat in range(_REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - start
+        if repeat or elapsed > 0.5:
+            best = min(best, elapsed)
+        if elapsed > 0.5:
+            break
+    return best
