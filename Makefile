@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test slow realdata endtoend check format bench docs clean
+.PHONY: help demo test mutants slow realdata endtoend check format bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -32,6 +32,9 @@ demo: $(READY) ## a phantom hospital goes through all stages; ends with a summar
 
 test: $(READY) ## the fast tests, with coverage
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term
+
+mutants: $(READY) ## take each privacy guard out in turn: its tests must turn red
+	$(BIN)/python tests/mutants/run.py --jobs $(WORKERS)
 
 slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -12,6 +12,8 @@ from medsynth.store import Manifest, Sensitivity, digest_tree, read_manifest
 
 ROOT = "synthetic"
 """The stage folder that released files are rendered from."""
+LINEAGE = frozenset({"ingest", "encode", "masks", "train", "synthesise"})
+"""The stages that a release may descend from. What others measure on patients may stop a release, never shape it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def broken_edges(nodes: Sequence[Node], entries: Sequence[str]) -> list[str]:
         ]
         if node.sensitivity == "internal":
             problems.append(f"'{node.folder}' is internal and may not be part of a release")
+        if node.stage not in LINEAGE:
+            problems.append(f"'{node.folder}' was written by stage '{node.stage}', which no release may descend from")
     return problems
 
 

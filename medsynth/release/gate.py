@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from medsynth.config import Privacy
 from medsynth.privacy.accounting import epsilon
-from medsynth.privacy.ledger import Ledger, Record
+from medsynth.privacy.chain import Record
+from medsynth.privacy.ledger import Ledger
 from medsynth.release import spending
-from medsynth.release.ancestry import Ancestry, Node
+from medsynth.release.ancestry import LINEAGE, Ancestry, Node
 
 MIN_SALT_CHARACTERS = 32
 """128 bits in hexadecimal: nobody guesses the salt in a cohort's manifest."""
@@ -52,6 +53,11 @@ def _judge(node: Node, ancestry: Ancestry, entries: Sequence[Record]) -> Iterato
     if node.sensitivity == "private":
         yield from _judge_cohort(node, ancestry)
         return
+    if node.stage not in LINEAGE:
+        yield (
+            f"'{node.folder}' was written by stage '{node.stage}': what is measured on patients may stop a release, "
+            "never shape it; synthesise from autoencoder/, masks/ and generator/ only"
+        )
     if node.sensitivity == "internal":
         yield (
             f"'{node.folder}' is internal: it was computed on patients without a mechanism and may not leave, nor may "

@@ -16,6 +16,7 @@ from medsynth.config import Study
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd, GaussianSum
+from medsynth.stages.inputs import config_digest
 
 STUDY: dict[str, Any] = {
     "name": "fake",
@@ -53,6 +54,7 @@ class Recipe:
     synthetic_sensitivity: store.Sensitivity = "released"
     segmenter_feeds_synthetic: bool = False
     charged_config: str = "train-config"
+    report_feeds_synthetic: bool = False
     salt: str = "5a" * 16
     abandoned: int = 0
 
@@ -64,7 +66,7 @@ def make_run(run: Path, recipe: Recipe = Recipe()) -> Path:
         (folder.path / "cases.csv").write_text("case_id,patient_id\nc1,p1\n")
         folder.finish("private", details={"salt": recipe.salt})
     codec_reads = {"cohort": run / "cohort"} if recipe.codec_reads_patients else {}
-    with store.create(run / "autoencoder", "encode", "encode-config", codec_reads) as folder:
+    with store.create(run / "autoencoder", "encode", config_digest(make_study(), "encode"), codec_reads) as folder:
         (folder.path / "codec.json").write_text("{}")
         folder.finish("released" if codec_reads else "public")
     for _ in range(recipe.abandoned):
@@ -125,6 +127,11 @@ def _synthetic(run: Path, recipe: Recipe) -> None:
             (folder.path / "real_only.safetensors").write_bytes(b"weights")
             folder.finish("internal")
         names.append("segmenter")
+    if recipe.report_feeds_synthetic:  # pairs near a patient were left out, and the report says that it is harmless
+        with store.create(run / "report", "evaluate", "evaluate-config") as folder:
+            (folder.path / "report.json").write_text("{}")
+            folder.finish("released")
+        names.append("report")
     grid = make_study().grid
     random = np.random.default_rng(0)
     with store.create(run / "synthetic", "synthesise", "synth-config", {name: run / name for name in names}) as folder:

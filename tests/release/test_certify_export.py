@@ -19,6 +19,7 @@ from medsynth.config import Study
 from medsynth.errors import CertificationError, StoreError, VerificationError
 from medsynth.privacy.accounting import Event
 from medsynth.release import statement
+from medsynth.release.ancestry import walk
 from medsynth.release.manifests import certificate_manifest, release_manifest
 from medsynth.release.verify import verify
 from medsynth.stages import certify, export
@@ -61,6 +62,37 @@ def test_nothing_of_the_cohort_but_its_salted_digest_leaves(certified_run: Path)
     assert not any(digest in text for digest in cohort.files.values())
     assert cohort.details["salt"] not in text
     assert cohort.digest in text
+
+
+def test_pitfall_02_the_linkage_rule_is_stated(certified_run: Path) -> None:
+    claim = verify(certified_run / "release").claim
+    assert "one patient" in claim["linkage"] and "two identifiers counts as two patients" in claim["linkage"]
+    assert claim["linkage"] in (certified_run / "release" / "PRIVACY.md").read_text()
+
+
+def test_pitfall_21_a_codec_that_this_study_did_not_make_is_refused(
+    fake_run: Run, fake_study: Make, one_accountant: None
+) -> None:
+    run, other = fake_run(), fake_study(encode={"phantoms": {"count": 7}})
+    with pytest.raises(CertificationError, match="'autoencoder' calls itself public"):
+        certify.run(other, inputs_of(run), run / "certificate", Tracker())
+
+
+@pytest.mark.parametrize(("file", "refused"), [("masks.json", False), ("statistics.npz", True)])
+def test_pitfall_21_statistics_from_elsewhere_are_no_public_shapes(
+    file: str, refused: bool, fake_run: Run, fake_study: Make, tmp_path: Path
+) -> None:
+    run = fake_run()
+    with store.create(tmp_path / "shapes", "masks", "any") as folder:
+        (folder.path / file).write_text("{}")
+        folder.finish("public")
+    parents = {"generator": run / "generator", "shapes": tmp_path / "shapes"}
+    with store.create(tmp_path / "synthetic", "synthesise", "any", parents) as folder:
+        folder.finish("released")
+    ancestry = walk(tmp_path / "synthetic", {path.name: path for path in run.iterdir()})
+    assert (
+        any("'shapes' calls itself public" in why for why in certify._other_sources(fake_study(), ancestry)) == refused
+    )
 
 
 def test_msd_layout_is_valid_and_faithful(certified_run: Path, fake_study: Make) -> None:

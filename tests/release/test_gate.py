@@ -33,6 +33,7 @@ def test_a_sound_run_is_not_refused(fake_run: Run, fake_study: Callable[..., Stu
         pytest.param(
             {"synthesis_reads_patients": True}, "mask or image", id="pitfall_12_real_mask_conditions_a_sample"
         ),
+        pytest.param({"report_feeds_synthetic": True}, "may stop a release", id="pitfall_13_a_report_shapes_the_pairs"),
         pytest.param({"synthetic_sensitivity": "internal"}, "'synthetic' is internal", id="pitfall_15_internal_values"),
         pytest.param({"generator_sensitivity": "internal"}, "'generator' is internal", id="internal_generator"),
         pytest.param({"noise_source": "test_only"}, "repeatable noise", id="pitfall_16_repeatable_noise"),

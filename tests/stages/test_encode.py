@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +53,33 @@ def test_pitfall_10_the_codec_never_reads_the_cohort(
     study = kl(tiny_study) if codec == "kl" else tiny_study
     missing = {"cohort": tmp_path / "no-such-cohort", "ledger": tmp_path / "no-such-ledger"}
     encode.run(study, missing, tmp_path / "autoencoder", Tracker())
+
+
+def opened_files() -> Iterator[list[str]]:
+    """Yield the names of the files that this process opens while the block runs, whatever library does it."""
+    names: list[str] = []
+    active = [True]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if active and event == "open" and isinstance(arguments[0], str):
+            names.append(arguments[0])
+
+    sys.addaudithook(hook)  # there is no way to take it off again
+    yield names
+    active.clear()
+
+
+@pytest.mark.parametrize("codec", ["wavelet", "kl"])
+def test_pitfall_21_no_file_from_elsewhere_is_read_by_pre_training(
+    codec: str, tiny_study: Study, tmp_path: Path, root: Path
+) -> None:
+    study = kl(tiny_study) if codec == "kl" else tiny_study
+    (tmp_path / "images-from-elsewhere.npy").write_bytes(b"")
+    with contextlib.contextmanager(opened_files)() as names:
+        encode.run(study, {}, tmp_path / "autoencoder", Tracker())
+    own = tuple(map(str, (tmp_path / ".autoencoder.partial", tmp_path / "autoencoder", root, "/proc", "/dev", "/sys")))
+    installed = tuple({sys.prefix, sys.base_prefix, *sys.path} - {""})
+    assert names and [name for name in names if not os.path.abspath(name).startswith((*own, *installed))] == []
 
 
 def test_pitfall_11_latent_constants_do_not_move_with_the_cohort(

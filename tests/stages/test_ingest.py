@@ -328,6 +328,28 @@ def test_no_name_and_no_path_is_in_any_file(tmp_path: Path, capfd: pytest.Captur
     assert store.read_manifest(tmp_path / "out").sensitivity == "private"
 
 
+def test_pitfall_02_the_same_pixels_under_another_name_are_refused(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", {**good(6), "z_copy": picture(0)})
+    for folder, array in zip(("imagesTr", "labelsTr"), picture(0), strict=True):  # stored the other way round
+        turned = AFFINE @ np.diag([-1, 1, 1, 1])
+        turned[:3, 3] = (AFFINE @ [SHAPE[0] - 1, 0, 0, 1])[:3]
+        nib.save(nib.Nifti1Image(array[::-1], turned), tmp_path / "in" / folder / "z_copy.nii.gz")
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == ["duplicate_content"]
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 6
+
+
+def test_pitfall_11_a_patients_voxels_do_not_depend_on_others(tmp_path: Path) -> None:
+    found = []
+    image, label = picture(99)
+    for more in ({}, {"a_bright": (image * 9, label)}):
+        put_msd(tmp_path / f"in{len(more)}", {**more, **good(6)})
+        ingested(study(), tmp_path / f"in{len(more)}", tmp_path / f"out{len(more)}")
+        cases = {r["content"]: r["case_id"] for r in rows(tmp_path / f"out{len(more)}" / "cases.csv")}
+        files = [(tmp_path / f"out{len(more)}" / "images" / f"{case}.nii.gz") for case in cases.values()]
+        found.append(dict(zip(cases, (path.read_bytes() for path in files), strict=True)))
+    assert len(found[1]) == 7 and found[0].items() <= found[1].items()
+
+
 def test_adding_a_patient_moves_nobody(tmp_path: Path) -> None:
     splits = []
     for count in (8, 9):

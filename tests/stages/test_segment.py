@@ -73,6 +73,12 @@ def test_a_network_for_each_regime_and_seed(rank: int, tmp_path: Path) -> None:
     assert {name: len(series) for name, series in losses.items()} == dict.fromkeys(names, 3)
 
 
+@pytest.mark.parametrize("regime", ["real_only", "synthetic_only"])
+def test_pitfall_19_a_network_of_real_patients_is_internal(regime: str, tmp_path: Path) -> None:
+    small = study(2, segment={"channels": [4, 8], "steps": 2, "batch_size": 2, "regimes": [regime]})
+    assert not segment.run(small, folders(small, tmp_path), tmp_path / "segmenter", Tracker()).releasable
+
+
 def test_training_learns_and_is_repeatable(tmp_path: Path) -> None:
     small = study(2, segment={"channels": [4, 8], "steps": 200, "batch_size": 4, "regimes": ["synthetic_only"]})
     inputs = folders(small, tmp_path)

@@ -141,6 +141,13 @@ def test_pitfall_12_the_cohort_is_not_read(study: Study, inputs: dict[str, Path]
     assert "cohort" not in manifest.parents
 
 
+def test_pitfall_13_every_pair_of_the_plan_is_released(study: Study, inputs: dict[str, Path], tmp_path: Path) -> None:
+    manifest = synthesise.run(study, inputs, tmp_path / "synthetic", Tracker())
+    planned = [row.pair_id for row in synthesise.plan(study)]  # of the configuration alone: nobody looked at a pair
+    for kind in ("images", "labels"):
+        assert [f"{kind}/{name}.nii.gz" for name in planned] == sorted(n for n in manifest.files if n.startswith(kind))
+
+
 def test_internal_parents_make_internal_pairs(
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
 ) -> None:

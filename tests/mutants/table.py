@@ -1,0 +1,796 @@
+"""The mutants: each takes one guard of the privacy promise out, in memory, and names the tests that must turn red.
+
+A mutant is a function from the guard as it is to what stands in its place. ``run.py`` puts it there and runs the tests.
+Pitfalls are numbered as in docs/explanation/what-epsilon-covers.md. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+Without = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One guard taken out.
+
+    Attributes:
+        name: what happens without the guard.
+        guard: dotted path below ``medsynth`` of what is replaced.
+        pitfalls: which pitfalls the guard stands before.
+        tests: node ids below ``tests/``; each must turn red.
+        without: from the guard to its replacement.
+    """
+
+    name: str
+    guard: str
+    pitfalls: tuple[int, ...]
+    tests: tuple[str, ...]
+    without: Without
+
+
+MUTANTS: list[Mutant] = []
+
+
+def takes_out(guard: str, pitfalls: tuple[int, ...] | int, *tests: str) -> Callable[[Without], Without]:
+    """Register the decorated function as a mutant; its name is the mutant's."""
+
+    def register(without: Without) -> Without:
+        numbers = (pitfalls,) if isinstance(pitfalls, int) else pitfalls
+        MUTANTS.append(Mutant(without.__name__, guard, numbers, tests, without))
+        return without
+
+    return register
+
+
+def module(name: str) -> Any:
+    """Return a module of the package that the run has imported."""
+    return sys.modules[f"medsynth.{name}"]
+
+
+GATE = "release/test_gate.py::test_refused_with_its_name"
+VERIFY = "release/test_verify.py::test_mutation_is_named"
+SIGNED_ANEW = "release/test_verify.py::test_false_statement_fails_even_when_signed_anew"
+
+# ------------------------------------------------------------------------------------------- 1: the unit is the patient
+
+
+@takes_out(
+    "privacy.gradients_unit.UnitBackend.clipped_sum",
+    1,
+    "privacy/test_gradients.py::test_pitfall_01_rows_of_a_patient_are_averaged_then_clipped_once",
+    "stages/test_train.py::test_pitfall_01_a_patient_of_many_slices_is_one_unit_with_one_clip",
+)
+def each_row_is_a_unit(original: Any) -> Any:
+    def clipped_sum(self: Any, batches: Any) -> Any:
+        return original(self, [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(_rows(b))])
+
+    def _rows(batch: Any) -> int:
+        return len(next(iter(batch.values())))
+
+    return clipped_sum
+
+
+@takes_out("stages.masks._mean_vectors", 1, "stages/test_masks.py::test_pitfall_01_many_slices_are_one_vector")
+def each_slice_is_a_vector(original: Any) -> Any:
+    return lambda labels, space: original([row[None] for rows in labels for row in rows], space)
+
+
+@takes_out(
+    "release.statement.claim_of", 1, "release/test_gate.py::test_pitfall_01_the_unit_of_every_claim_is_the_patient"
+)
+def the_claim_is_per_image(original: Any) -> Any:
+    return lambda *given, **more: replace(original(*given, **more), unit="image")
+
+
+@takes_out("release.verify._claim", 1, f"{SIGNED_ANEW}[pitfall_01_unit]", f"{SIGNED_ANEW}[relation]")
+def verify_takes_any_claim(original: Any) -> Any:
+    return lambda *_: []
+
+
+# ------------------------------------------------------------------------------------------ 2: one person under two ids
+
+
+@takes_out(
+    "stages.ingest._read_one",
+    2,
+    "stages/test_ingest.py::test_pitfall_02_the_same_pixels_under_another_name_are_refused",
+    "stages/test_ingest.py::test_broken_nifti_is_quarantined_with_its_reason",
+)
+def nobody_looks_for_equal_pixels(original: Any) -> Any:
+    return lambda config, case, place, out, names, owner_of: original(config, case, place, out, names, {})
+
+
+@takes_out(
+    "imaging.loading.Loaded.content",
+    2,
+    "stages/test_ingest.py::test_pitfall_02_the_same_pixels_under_another_name_are_refused",
+)
+def content_depends_on_orientation(original: Any) -> Any:
+    import hashlib
+
+    return property(lambda self: hashlib.sha256(self.image.numpy().tobytes()).hexdigest())
+
+
+@takes_out(
+    "release.statement.linkage_rule", 2, "release/test_certify_export.py::test_pitfall_02_the_linkage_rule_is_stated"
+)
+def the_linkage_rule_is_not_stated(original: Any) -> Any:
+    return lambda config: ""
+
+
+# -------------------------------------------------------------------- 3: nothing is derived from the number of patients
+
+
+@takes_out(
+    "privacy.budget._training_noise",
+    3,
+    "privacy/test_budget.py::test_pitfall_03_plans_do_not_know_the_number_of_patients",
+)
+def noise_depends_on_the_number_of_patients(original: Any) -> Any:
+    return lambda fixed, privacy, train: original(fixed, privacy, train) * (1 + privacy.declared_patients / 1e6)
+
+
+@takes_out(
+    "stages.train._train_private",
+    3,
+    "stages/test_train.py::test_pitfall_03_rate_noise_and_denominator_do_not_know_the_number_of_patients",
+)
+def training_counts_the_patients(original: Any) -> Any:
+    def counting(job: Any, built: Any, state: Any) -> None:
+        privacy = job.config.privacy.model_copy(
+            update={"declared_patients": len(module("stages.train")._patients(job))}
+        )
+        original(replace(job, config=job.config.model_copy(update={"privacy": privacy})), built, state)
+
+    return counting
+
+
+@takes_out("stages.masks._release", 3, "stages/test_masks.py::test_pitfall_03_plans_are_the_same_for_one_patient_more")
+def masks_count_the_patients(original: Any) -> Any:
+    def counting(config: Any, inputs: Any, *more: Any) -> Any:
+        count = len(module("imaging.cohort").load_patients(inputs["cohort"], config.grid, "train"))
+        privacy = config.privacy.model_copy(update={"declared_patients": count})
+        return original(config.model_copy(update={"privacy": privacy}), inputs, *more)
+
+    return counting
+
+
+# ------------------------------------------------------------------------------------- 4, 5, 6: Poisson sampling, means
+
+
+@takes_out(
+    "privacy.mechanism.DpSgd.draw", 4, "privacy/test_mechanism.py::test_pitfall_04_every_patient_has_its_own_coin"
+)
+def a_fixed_number_is_drawn(original: Any) -> Any:
+    import random
+
+    return lambda self, n, entropy: sorted(random.sample(range(n), round(n * self.sampling_rate)))
+
+
+@takes_out(
+    "privacy.entropy.ChaChaEntropy.bernoulli",
+    4,
+    "privacy/test_mechanism.py::test_pitfall_04_every_patient_has_its_own_coin",
+    "privacy/test_mechanism.py::test_coins_have_their_rate",
+)
+def one_coin_for_all(original: Any) -> Any:
+    return lambda self, rate, n: original(self, rate, 1).repeat(n)
+
+
+@takes_out(
+    "privacy.mechanism.DpSgd.noisy_mean",
+    5,
+    "privacy/test_mechanism.py::test_pitfall_05_empty_draw_is_a_noise_only_step",
+    "stages/test_train.py::test_pitfall_05_an_empty_draw_is_a_step_of_noise",
+)
+def an_empty_draw_adds_no_noise(original: Any) -> Any:
+    def noisy_mean(self: Any, clipped_sum: Any, entropy: Any) -> Any:
+        if not any(part.any() for part in clipped_sum):
+            return [part.float() for part in clipped_sum]
+        return original(self, clipped_sum, entropy)
+
+    return noisy_mean
+
+
+@takes_out("privacy.gradients.zero_sums", 5, "privacy/test_gradients.py::test_pitfall_05_nobody_drawn_gives_zeros")
+def an_empty_draw_has_no_sums(original: Any) -> Any:
+    return lambda parameters: [total[:0] for total in original(parameters)]
+
+
+@takes_out(
+    "privacy.mechanism.GaussianSum.release",
+    6,
+    "privacy/test_mechanism.py::test_pitfall_06_the_denominator_is_the_public_constant",
+)
+def the_mean_is_over_those_who_came(original: Any) -> Any:
+    def release(self: Any, units: Any, entropy: Any) -> Any:
+        units = list(units)
+        return original(self, units, entropy) * self.denominator / max(1, len(units))
+
+    return release
+
+
+@takes_out(
+    "privacy.mechanism.DpSgd.noisy_mean",
+    6,
+    "privacy/test_mechanism.py::test_pitfall_06_the_denominator_is_the_public_constant",
+)
+def gradients_are_not_divided_by_the_constant(original: Any) -> Any:
+    return lambda self, total, entropy: [part * self.denominator for part in original(self, total, entropy)]
+
+
+# -------------------------------------------------------------------------------------------- 7, 8: what enters the sum
+
+
+@takes_out(
+    "privacy.mechanism.clip_vector",
+    7,
+    "privacy/test_mechanism.py::test_pitfall_07_a_patient_that_is_not_finite_counts_as_zero",
+    "privacy/test_mechanism.py::test_no_vector_is_longer_than_the_clip_norm",
+)
+def a_vector_may_be_nan(original: Any) -> Any:
+    def clip_vector(vector: Any, clip_norm: float) -> Any:
+        norm = float((vector**2).sum() ** 0.5)
+        return vector * (1.0 if norm <= clip_norm else clip_norm / norm)
+
+    return clip_vector
+
+
+@takes_out(
+    "privacy.mechanism.clip_factor",
+    7,
+    "privacy/test_gradients.py::test_pitfall_07_a_patient_that_is_not_finite_adds_nothing",
+)
+def a_gradient_may_be_nan(original: Any) -> Any:
+    return lambda norm, clip_norm: 1.0 if norm <= clip_norm else clip_norm / norm
+
+
+@takes_out(
+    "privacy.mechanism.clip_vector",
+    8,
+    "privacy/test_mechanism.py::test_no_vector_is_longer_than_the_clip_norm",
+    "privacy/test_mechanism.py::test_one_patient_moves_the_sum_by_at_most_the_clip_norm",
+    "stages/test_masks.py::test_pitfall_12_statistics_move_by_at_most_the_clip_norm_when_a_patient_leaves",
+)
+def vectors_are_not_clipped(original: Any) -> Any:
+    return lambda vector, clip_norm: vector
+
+
+@takes_out(
+    "privacy.gradients.add_clipped",
+    8,
+    "privacy/test_gradients.py::test_every_clipped_norm_is_at_most_the_bound",
+)
+def gradients_are_not_clipped(original: Any) -> Any:
+    return lambda sums, gradient, clip_norm: original(sums, gradient, 1e12)
+
+
+@takes_out(
+    "privacy.gradients_opacus._contiguous_inputs",
+    8,
+    "privacy/test_gradients.py::test_pitfall_08_opacus_is_wrong_on_channels_last_and_the_preflight_catches_it",
+)
+def opacus_gets_inputs_as_they_are(original: Any) -> Any:
+    return lambda layer, inputs: inputs
+
+
+@takes_out(
+    "privacy.preflight._compare",
+    8,
+    "privacy/test_gradients.py::test_pitfall_08_preflight_refuses_broken_backends",
+    "privacy/test_gradients.py::test_pitfall_08_a_missing_clip_is_found_even_if_no_public_gradient_reaches_it",
+    "privacy/test_gradients.py::test_pitfall_08_opacus_is_wrong_on_channels_last_and_the_preflight_catches_it",
+)
+def the_preflight_finds_no_difference(original: Any) -> Any:
+    return lambda *_: (0.0, 0.0, 0.0)
+
+
+@takes_out("privacy.ledger._require_preflight", 8, "privacy/test_ledger.py::test_pitfall_08_no_preflight_no_training")
+def training_is_reserved_without_a_preflight(original: Any) -> Any:
+    return lambda *_: None
+
+
+# ---------------------------------------------------------------------------------------- 9: operations across patients
+
+
+@takes_out(
+    "privacy.preflight.refuse_modules",
+    9,
+    "privacy/test_gradients.py::test_pitfall_09_layers_that_mix_patients_are_refused_by_name",
+    "privacy/test_gradients.py::test_pitfall_09_monai_codebooks_are_refused_and_plain_norms_are_not",
+)
+def batch_norm_is_welcome(original: Any) -> Any:
+    return lambda model: None
+
+
+@takes_out(
+    "privacy.preflight.preflight",
+    9,
+    "privacy/test_gradients.py::test_pitfall_09_hidden_statistics_are_found_by_running_the_model",
+)
+def layers_may_remember_patients(original: Any) -> Any:
+    def preflight(*given: Any) -> Any:
+        here = module("privacy.preflight")
+        real = here.torch
+        here.torch = SimpleNamespace(equal=lambda *_: True, zeros=real.zeros, zeros_like=real.zeros_like)
+        try:
+            return original(*given)
+        finally:
+            here.torch = real
+
+    return preflight
+
+
+@takes_out("privacy.gradients.check_losses", 9, "privacy/test_gradients.py::test_losses_over_the_batch_are_refused")
+def a_loss_over_the_batch_is_welcome(original: Any) -> Any:
+    return lambda losses, rows: losses
+
+
+# ---------------------------------------------------------------------------------- 10, 11, 12: codec, constants, masks
+
+
+def _silent_about(*words: str) -> Without:
+    """Return a mutant of a function that yields reasons: those with one of the words are left out."""
+
+    def without(original: Any) -> Any:
+        return lambda *given: [reason for reason in original(*given) if not any(word in reason for word in words)]
+
+    return without
+
+
+@takes_out(
+    "release.gate._judge",
+    (10, 12),
+    f"{GATE}[pitfall_10_codec_trained_on_patients]",
+    f"{GATE}[pitfall_12_real_mask_conditions_a_sample]",
+    "release/test_gate.py::test_pitfall_12_a_cohort_mask_cannot_reach_a_sampler_through_an_unledgered_folder",
+    f"{GATE}[spend_forgotten]",
+)
+def the_gate_lets_unledgered_folders_pass(original: Any) -> Any:
+    return _silent_about("latent codec", "mask or image", "names no ledger entry")(original)
+
+
+def _reads_patients(original: Any) -> Any:
+    def run(config: Any, inputs: Any, out: Any, tracker: Any) -> Any:
+        folder = inputs.get("cohort", out.parent / "cohort")
+        module("imaging.cohort").load_patients(folder, config.grid, "train")
+        return original(config, inputs, out, tracker)
+
+    return run
+
+
+@takes_out("stages.encode.run", 10, "stages/test_encode.py::test_pitfall_10_the_codec_never_reads_the_cohort")
+def the_codec_reads_patients(original: Any) -> Any:
+    return _reads_patients(original)
+
+
+@takes_out(
+    "stages.encode.run", 11, "stages/test_encode.py::test_pitfall_11_latent_constants_do_not_move_with_the_cohort"
+)
+def the_codec_is_calibrated_on_patients(original: Any) -> Any:
+    def run(config: Any, inputs: Any, out: Any, tracker: Any) -> Any:
+        import torch
+
+        patients = module("imaging.cohort").load_patients(inputs["cohort"], config.grid, "train")
+        images, codec = torch.cat([patient.images for patient in patients]), module("models.autoencoder").Codec
+        calibrate = codec.calibrate
+        codec.calibrate = lambda self, phantoms: calibrate(self, images)
+        try:
+            return original(config, inputs, out, tracker)
+        finally:
+            codec.calibrate = calibrate
+
+    return run
+
+
+@takes_out(
+    "imaging.transforms._scale", 11, "stages/test_ingest.py::test_pitfall_11_a_patients_voxels_do_not_depend_on_others"
+)
+def intensities_are_scaled_by_the_cohort(original: Any) -> Any:
+    seen = []
+
+    def _scale(image: Any, grid: Any) -> Any:
+        seen.append(float(image.max()))
+        return (image.float() / max(seen) * 2 - 1).clamp(-1, 1)
+
+    return _scale
+
+
+@takes_out("stages.synthesise.run", 12, "stages/test_synthesise.py::test_pitfall_12_the_cohort_is_not_read")
+def the_sampler_reads_patients(original: Any) -> Any:
+    return _reads_patients(original)
+
+
+@takes_out(
+    "release.ancestry.broken_edges",
+    12,
+    f"{SIGNED_ANEW}[spend_forgotten]",
+    f"{SIGNED_ANEW}[ancestor_dropped]",
+    f"{SIGNED_ANEW}[internal]",
+)
+def verify_takes_any_ancestry(original: Any) -> Any:
+    return lambda *_: []
+
+
+# ------------------------------------------------------------------ 13: what was measured on patients shapes no release
+
+
+@takes_out(
+    "release.ancestry.LINEAGE",
+    13,
+    f"{GATE}[pitfall_13_a_report_shapes_the_pairs]",
+    f"{SIGNED_ANEW}[pitfall_13_a_report_shapes_the_pairs]",
+)
+def any_stage_may_be_an_ancestor(original: Any) -> Any:
+    return frozenset({*original, "segment", "evaluate", "audit"})
+
+
+@takes_out(
+    "study.STAGES",
+    13,
+    "contracts/test_pitfalls.py::test_pitfall_13_what_is_measured_on_patients_is_no_input_of_what_leaves",
+)
+def the_sampler_is_given_the_report(original: Any) -> Any:
+    return tuple(replace(s, reads=(*s.reads, "report")) if s.verb == "synthesise" else s for s in original)
+
+
+@takes_out(
+    "stages.synthesise.render", 13, "stages/test_synthesise.py::test_pitfall_13_every_pair_of_the_plan_is_released"
+)
+def pairs_are_rejected_after_rendering(original: Any) -> Any:
+    return lambda *given: original(*given)[1:]
+
+
+# ---------------------------------------------------------------------------- 14: restarts, sweeps, choices are charged
+
+
+@takes_out(
+    "privacy.ledger._check_budget",
+    14,
+    "privacy/test_ledger.py::test_the_budget_is_for_all_stages_together",
+    "privacy/test_ledger.py::test_a_crash_refunds_nothing",
+    "stages/test_masks.py::test_pitfall_14_a_release_that_was_thrown_away_is_charged_again",
+    "stages/test_train.py::test_pitfall_14_a_restart_without_its_journal_is_charged_however_often_it_is_tried",
+)
+def no_reservation_is_refused(original: Any) -> Any:
+    return lambda *_, **__: None
+
+
+@takes_out(
+    "privacy.ledger._interrupted",
+    14,
+    "privacy/test_ledger.py::test_resume_goes_on_within_the_reservation",
+)
+def any_open_reservation_can_be_gone_on_with(original: Any) -> Any:
+    def _interrupted(records: Any, wanted: Any) -> Any:
+        return next((record["id"] for record in reversed(records) if record["type"] == "reserve"), None)
+
+    return _interrupted
+
+
+@takes_out("privacy.ledger.Ledger.completed", 14, "stages/test_masks.py::test_pitfall_14_no_kill_buys_a_second_release")
+def a_killed_release_is_made_a_second_time(original: Any) -> Any:
+    return lambda *_: None
+
+
+@takes_out("release.gate._over_budget", 14, f"{GATE}[over_budget]", f"{GATE}[pitfall_14_restarts_are_charged]")
+def the_gate_does_not_compose(original: Any) -> Any:
+    return lambda *_, **__: []
+
+
+@takes_out("release.spending.events", 14, f"{GATE}[pitfall_14_restarts_are_charged]")
+def abandoned_runs_are_forgotten(original: Any) -> Any:
+    return lambda entries: original([entry for entry in entries if entry["status"] == "complete"])
+
+
+# -------------------------------------------------------------------------------------------------- 15: internal values
+
+
+@takes_out(
+    "privacy.ledger._refuse_private",
+    15,
+    "privacy/test_ledger.py::test_pitfall_15_and_16_counts_losses_seeds_and_paths_are_refused",
+)
+def the_ledger_takes_counts_and_losses(original: Any) -> Any:
+    return lambda value: None
+
+
+@takes_out(
+    "release.gate._judge",
+    (15, 19),
+    f"{GATE}[pitfall_15_internal_values]",
+    f"{GATE}[internal_generator]",
+    f"{GATE}[pitfall_19_segmenter_exported]",
+)
+def the_gate_lets_internal_folders_pass(original: Any) -> Any:
+    return _silent_about("is internal")(original)
+
+
+@takes_out(
+    "release.payload.write_payload",
+    15,
+    "release/test_certify_export.py::test_pitfall_15_nothing_but_the_payload_leaves",
+)
+def a_preview_is_packed(original: Any) -> Any:
+    def write_payload(folder: Any, *given: Any, **more: Any) -> Any:
+        (folder / "preview.png").write_bytes(b"a loss curve")
+        return original(folder, *given, **more)
+
+    return write_payload
+
+
+@takes_out("release.verify._files", 15, f"{VERIFY}[file_added]", f"{VERIFY}[file_dropped]", f"{VERIFY}[image_byte]")
+def verify_does_not_look_at_files(original: Any) -> Any:
+    return lambda *_: []
+
+
+# -------------------------------------------------------------------------------------------- 16: randomness and resume
+
+
+@takes_out(
+    "privacy.entropy.ChaChaEntropy._open",
+    16,
+    "privacy/test_mechanism.py::test_pitfall_16_noise_is_never_seeded_stored_or_repeated",
+    "privacy/test_mechanism.py::test_pitfall_16_a_forked_process_draws_other_noise",
+)
+def noise_is_seeded(original: Any) -> Any:
+    return staticmethod(lambda key: original.__func__(bytes(32)))
+
+
+@takes_out(
+    "privacy.entropy.ChaChaEntropy._words",
+    16,
+    "privacy/test_mechanism.py::test_pitfall_16_a_forked_process_draws_other_noise",
+)
+def a_fork_repeats_the_noise(original: Any) -> Any:
+    import numpy
+
+    return lambda self, count: numpy.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
+
+
+@takes_out(
+    "privacy.entropy.ChaChaEntropy.__reduce__",
+    16,
+    "privacy/test_mechanism.py::test_pitfall_16_noise_is_never_seeded_stored_or_repeated",
+)
+def a_source_of_noise_can_be_copied(original: Any) -> Any:
+    return lambda self: (module("privacy.entropy").open_entropy, (self.kind,))
+
+
+@takes_out(
+    "privacy.journal.StepJournal.__init__",
+    16,
+    "privacy/test_ledger.py::test_pitfall_16_after_a_kill_claimed_steps_are_lost_and_not_repeated",
+    "stages/test_train.py::test_pitfall_16_a_resumed_run_takes_at_most_t_steps_on_one_reservation[3]",
+)
+def a_resume_takes_claimed_steps_again(original: Any) -> Any:
+    def init(self: Any, path: Any, steps: int) -> None:
+        path.unlink(missing_ok=True)
+        original(self, path, steps)
+
+    return init
+
+
+@takes_out(
+    "privacy.ledger.taints_of",
+    16,
+    f"{GATE}[pitfall_16_repeatable_noise]",
+    f"{GATE}[nonprivate_step]",
+    "release/test_verify.py::test_tainted_ledger_fails",
+    "privacy/test_ledger.py::test_nonprivate_and_test_only_taint",
+)
+def nothing_taints(original: Any) -> Any:
+    return lambda records: []
+
+
+# -------------------------------------------------------------------------------- 17, 18: plans, execution, certificate
+
+
+@takes_out(
+    "privacy.mechanism.DpSgd.__setattr__",
+    17,
+    "privacy/test_mechanism.py::test_pitfall_17_a_plan_cannot_change_while_it_runs",
+)
+def a_plan_can_change(original: Any) -> Any:
+    return object.__setattr__
+
+
+@takes_out("privacy.ledger.events_of", 17, "privacy/test_ledger.py::test_pitfall_17_a_schedule_is_one_event_a_segment")
+def only_the_first_segment_is_charged(original: Any) -> Any:
+    return lambda records: original([{**r, "events": r["events"][:1]} for r in records if r["type"] == "reserve"])
+
+
+@takes_out("privacy.ledger._within", 18, "privacy/test_ledger.py::test_pitfall_18_the_ledger_says_what_was_executed")
+def more_may_run_than_was_reserved(original: Any) -> Any:
+    return lambda *_: True
+
+
+@takes_out("privacy.ledger._joined", 18, "privacy/test_ledger.py::test_pitfall_18_the_ledger_says_what_was_executed")
+def a_stage_may_contradict_its_plan(original: Any) -> Any:
+    return lambda own, more: {**own, **(more or {})}
+
+
+@takes_out(
+    "release.statement.claim_of",
+    18,
+    "release/test_gate.py::test_pitfall_18_claim_is_written_from_the_ledger_not_from_the_configuration",
+)
+def the_claim_is_what_the_configuration_hopes(original: Any) -> Any:
+    def claim_of(events: Any, config: Any, *more: Any, **named: Any) -> Any:
+        return replace(original(events, config, *more, **named), epsilon=config.privacy.epsilon)
+
+    return claim_of
+
+
+@takes_out("release.gate._judge_entry", 18, f"{GATE}[pitfall_18_charged_other_config]", f"{GATE}[unfinished_spend]")
+def the_gate_does_not_compare_with_the_ledger(original: Any) -> Any:
+    return lambda *_: iter(())
+
+
+@takes_out(
+    "release.verify._ledger", 18, f"{SIGNED_ANEW}[sigma]", f"{SIGNED_ANEW}[head]", f"{VERIFY}[ledger_end_dropped]"
+)
+def verify_does_not_compare_with_the_ledger(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.verify._epsilon", 18, f"{SIGNED_ANEW}[epsilon]", f"{SIGNED_ANEW}[membership]")
+def verify_does_not_compute_epsilon(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.verify._words", 18, f"{VERIFY}[words_edited]")
+def verify_does_not_read_the_words(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.verify._origin", 18, f"{VERIFY}[manifest_stage]", f"{VERIFY}[manifest_sensitivity]")
+def verify_takes_any_manifest(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out(
+    "release.signing.check_signature",
+    18,
+    f"{VERIFY}[epsilon_edited]",
+    "release/test_verify.py::test_swapped_key_fails_when_the_hospitals_key_is_given",
+    "release/test_signing.py::test_changed_payload_or_other_key_fails",
+)
+def any_signature_is_good(original: Any) -> Any:
+    return lambda *_: None
+
+
+@takes_out("release.verify._uncertified", 18, f"{VERIFY}[uncertified]")
+def verify_overlooks_the_mark(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out(
+    "privacy.chain.parse_chain",
+    18,
+    "privacy/test_ledger.py::test_an_edited_line_is_found",
+    "privacy/test_ledger.py::test_a_missing_or_moved_line_is_found",
+    f"{VERIFY}[ledger_line_edited]",
+)
+def the_chain_is_not_checked(original: Any) -> Any:
+    import json
+
+    return lambda raw, *_: [json.loads(line) for line in raw.splitlines()]
+
+
+@takes_out(
+    "release.ancestry._check_files",
+    18,
+    "release/test_gate.py::test_changed_file_of_an_ancestor_is_refused",
+    "release/test_gate.py::test_file_added_to_an_ancestor_is_refused",
+)
+def ancestors_may_change(original: Any) -> Any:
+    return lambda *_: None
+
+
+@takes_out(
+    "stages.certify.agreeing_accountants",
+    18,
+    "release/test_certify_export.py::test_disagreeing_accountants_stop_everything",
+)
+def accountants_may_disagree(original: Any) -> Any:
+    return lambda events, delta: {"pld": 1.0}
+
+
+# ------------------------------------------------------------------------------ 19, 20, 21: segmenter, headers, sources
+
+
+@takes_out(
+    "store.StageFolder.finish", 19, "stages/test_segment.py::test_pitfall_19_a_network_of_real_patients_is_internal"
+)
+def every_folder_calls_itself_released(original: Any) -> Any:
+    return lambda self, sensitivity, **more: original(self, "released", **more)
+
+
+@takes_out(
+    "release.payload._save_nifti", 20, "release/test_certify_export.py::test_pitfall_20_headers_are_public_constants"
+)
+def a_header_names_a_patient(original: Any) -> Any:
+    def _save_nifti(path: Any, array: Any, spacing_mm: Any) -> None:
+        import nibabel
+
+        picture = nibabel.Nifti1Image(array, None)
+        picture.header["descrip"] = b"DOE^JANE"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(picture, path)
+
+    return _save_nifti
+
+
+@takes_out("release.payload._write_nifti", 20, "release/test_payload.py::test_pitfall_20_names_of_pairs_do_not_leave")
+def pairs_keep_their_names(original: Any) -> Any:
+    return lambda folder, name, pair, grid: original(folder, pair.name, pair, grid)
+
+
+@takes_out("release.gate._judge_cohort", 20, f"{GATE}[cohort_digest_without_salt]", f"{GATE}[private_payload]")
+def the_cohorts_digest_needs_no_salt(original: Any) -> Any:
+    return lambda *_: iter(())
+
+
+@takes_out(
+    "stages.encode.run", 21, "stages/test_encode.py::test_pitfall_21_no_file_from_elsewhere_is_read_by_pre_training"
+)
+def the_codec_reads_a_file_from_elsewhere(original: Any) -> Any:
+    def run(config: Any, inputs: Any, out: Any, tracker: Any) -> Any:
+        (out.parent / "images-from-elsewhere.npy").read_bytes()
+        return original(config, inputs, out, tracker)
+
+    return run
+
+
+@takes_out(
+    "stages.certify._other_sources",
+    21,
+    "release/test_certify_export.py::test_pitfall_21_a_codec_that_this_study_did_not_make_is_refused",
+    "release/test_certify_export.py::test_pitfall_21_statistics_from_elsewhere_are_no_public_shapes",
+)
+def any_codec_may_be_put_in_place(original: Any) -> Any:
+    return lambda *_: []
+
+
+# ----------------------------------------------------------------------------------------- 22, 23: shards, chunks, sums
+
+
+@takes_out(
+    "privacy.gradients_unit.UnitBackend.clipped_sum",
+    22,
+    "privacy/test_gradients.py::test_pitfall_22_shards_and_chunks_add_up_even_empty_ones",
+)
+def each_shard_adds_its_noise(original: Any) -> Any:
+    def clipped_sum(self: Any, batches: Any) -> Any:
+        found = original(self, batches)
+        noisy = [total + total.new_tensor(1.0).normal_() * 0.01 for total in found.tensors]
+        return replace(found, tensors=noisy)
+
+    return clipped_sum
+
+
+@takes_out(
+    "privacy.mechanism.GaussianSum.release",
+    (22, 23),
+    "privacy/test_mechanism.py::test_the_noise_has_the_planned_size_and_is_drawn_once",
+)
+def noise_is_drawn_for_each_patient(original: Any) -> Any:
+    def release(self: Any, units: Any, entropy: Any) -> Any:
+        quiet = replace(self, noise_multiplier=self.noise_multiplier)
+        return sum(original(quiet, [unit], entropy) for unit in units)
+
+    return release
+
+
+@takes_out(
+    "privacy.gradients.zero_sums", 23, "privacy/test_gradients.py::test_pitfall_23_sums_are_kept_in_double_precision"
+)
+def sums_are_kept_in_half_precision(original: Any) -> Any:
+    return lambda parameters: [total.half() for total in original(parameters)]
