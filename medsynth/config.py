@@ -124,9 +124,12 @@ class Shares(Section):
 class Privacy(Section):
     """The promise: (epsilon, delta) for the unit patient under add-or-remove-one-patient."""
 
-    epsilon: Number = Field(8.0, gt=0, description="`.inf` trains without privacy and can never be certified")
-    delta: Number = Field(1e-4, gt=0, lt=1)
+    epsilon: Number = Field(8.0, description="above 0; `.inf` trains without privacy and can never be certified")
+    delta: Number = Field(1e-4, description="above 0, at most 1/(10 `declared_patients`)")
     declared_patients: Count = Field(description="public, declared size of the cohort; sets delta and denominators")
+    trials: Count = Field(
+        1, description="studies of a declared sweep: the noise lets so many fit into epsilon, and the claim charges all"
+    )
     shares: Shares = Shares()
     entropy: Literal["os", "test_only"] = Field("os", description="test_only taints the ledger for good")
 
@@ -136,11 +139,20 @@ class Privacy(Section):
         return math.isfinite(self.epsilon)
 
     @model_validator(mode="after")
-    def _delta(self) -> Self:
+    def _budget(self) -> Self:
+        if not self.epsilon > 0:
+            raise ValueError(
+                f"epsilon must be above 0, got {self.epsilon:g}: 1 to 10 are usual, `.inf` is a study without privacy"
+            )
+        if not 0 < self.delta < 1:
+            raise ValueError(
+                f"delta must be above 0 and at most 1/(10 N), got {self.delta:g}: that is "
+                f"{1 / (10 * self.declared_patients):g} for {self.declared_patients} declared patients"
+            )
         if self.private and self.delta > 1 / (10 * self.declared_patients):
             raise ValueError(
                 f"delta {self.delta:g} is above 1/(10 N) = {1 / (10 * self.declared_patients):g} "
-                f"for {self.declared_patients} declared patients"
+                f"for {self.declared_patients} declared patients: lower it"
             )
         return self
 
@@ -212,7 +224,7 @@ class Train(Section):
     clip_norm: Positive | None = Field(None, description="None: the median over public phantoms")
     draws: Count = Field(4, description="noise draws a patient averaged before the clip")
     max_records: Count = Field(1, description="at most so many slices or scans a patient and step")
-    backend: Literal["unit", "opacus"] = "unit"
+    backend: Literal["bookkeeping", "unit", "opacus"] = "unit"
     appearance: Appearance = Appearance()
 
 
@@ -244,6 +256,22 @@ class Evaluate(Section):
     bootstrap: Count = 2000
     montage: Count = 6
     agreement_pairs: Count = Field(64, description="synthetic pairs that the real-trained net segments")
+
+
+class Audit(Section):
+    """What is tried to falsify the claim, on mechanisms and on the results; internal."""
+
+    record_replay: bool = Field(True, description="the study's mechanisms with and without one patient, same noise")
+    gradients: bool = Field(True, description="norms of the trained model against a naive loop")
+    step: bool = Field(True, description="one step of each mechanism, with and without a canary")
+    one_run: bool = Field(True, description="many canaries through one whole training")
+    generator: bool = Field(True, description="membership inference on the generator")
+    pairs: bool = Field(True, description="membership inference and copy detection on the synthetic pairs alone")
+    neighbours: Annotated[int, Field(ge=1)] = Field(2, description="real patients that record-replay takes out")
+    repeats: Annotated[int, Field(ge=10_000)] = Field(50_000, description="runs of a step with, and as many without")
+    canaries: Annotated[int, Field(ge=100)] = Field(2000, description="at most; as many as the claim needs are taken")
+    patients: Annotated[int, Field(ge=2)] = Field(60, description="at most so many of each side meet the generator")
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
 
 
 class Export(Section):
@@ -286,6 +314,7 @@ class Study(Section):
     synthesise: Synthesise = Synthesise()
     segment: Segment = Segment()
     evaluate: Evaluate = Evaluate()
+    audit: Audit = Audit()
     export: Export = Export()
     compute: Compute = Compute()
     tracking: Tracking = Tracking()

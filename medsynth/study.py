@@ -13,9 +13,11 @@ from medsynth import config as configuration
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.errors import StoreError
+from medsynth.imaging.deidentify import key_id, read_references
+from medsynth.privacy.account import open_account
 from medsynth.release import keys
-from medsynth.site import signing_keys
-from medsynth.stages.inputs import config_digest
+from medsynth.site import accounts, signing_keys, site_key
+from medsynth.stages.inputs import config_digest, open_ledger
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker, open_tracker
 
@@ -36,11 +38,14 @@ STAGES = (
     Stage("train", "generator", ("cohort", "autoencoder", "masks")),
     Stage("synthesise", "synthetic", ("autoencoder", "masks", "generator")),
     Stage("segment", "segmenter", ("cohort", "synthetic")),
-    Stage("evaluate", "report", ("cohort", "autoencoder", "synthetic", "segmenter")),
-    Stage("certify", "certificate", ("cohort", "autoencoder", "masks", "generator", "synthetic")),
+    Stage("audit", "audit", ("cohort", "autoencoder", "masks", "generator", "synthetic")),
+    Stage("evaluate", "report", ("cohort", "autoencoder", "synthetic", "segmenter", "audit")),
+    Stage("certify", "certificate", ("cohort", "autoencoder", "masks", "generator", "synthetic", "audit")),
     Stage("export", "release", ("synthetic", "certificate")),
 )
 BY_VERB = {stage.verb: stage for stage in STAGES}
+CHARGING = ("masks", "train", "certify")
+"""Stages that reserve in the account of the cohort, or state what it holds."""
 
 
 def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = False) -> None:
@@ -85,10 +90,17 @@ def run_stage(
     if store.is_done(out):
         manifest = store.read_manifest(out)
         changed = _changes(study, stage, manifest, run)
-        if not changed:
+        grown = not changed and stage.verb == "certify" and _spent_since(manifest, run)
+        if grown and not replace and (run / "release").exists():
+            logs.say(
+                "certify: finished before, skipped; since then more was reserved for these patients than the "
+                "certificate says: --replace certifies again"
+            )
+            return manifest
+        if not changed and not grown:
             logs.say(f"{stage.verb}: finished before, skipped")
             return manifest
-        if not replace:
+        if changed and not replace:
             raise StoreError(
                 f"'{stage.folder}' was made from other {' and '.join(changed)}: pass --replace to make it again "
                 "(privacy that was spent stays spent), or use a new run folder"
@@ -96,6 +108,8 @@ def run_stage(
     inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl", "keys": signing_keys()}
     if source is not None:
         inputs["source"] = source
+    if stage.verb in CHARGING and store.is_done(run / "cohort"):
+        inputs["account"] = _account(run)
     logs.say(f"{stage.verb}: started")
     started = time.monotonic()
     module = importlib.import_module(f"medsynth.stages.{stage.verb}")
@@ -118,6 +132,28 @@ def _changes(study: Study, stage: Stage, manifest: Manifest, run: Path) -> Seque
     if parents != dict(manifest.parents):
         changed.append("inputs")
     return changed
+
+
+def _account(run: Path) -> Path:
+    """Return the folder of the account that the run's patients have at this site."""
+    cohort = run / "cohort"
+    references = read_references(cohort)
+    return open_account(
+        accounts(),
+        references.names,
+        ledger=run / "ledger.jsonl",
+        cohort=store.read_manifest(cohort).digest,
+        same_key=references.key_id == key_id(site_key()),
+    ).folder
+
+
+def _spent_since(manifest: Manifest, run: Path) -> bool:
+    """Whether this or another study of the same patients reserved more since a certificate was signed."""
+    if not manifest.details.get("certified"):
+        return False
+    ledger = open_ledger({"ledger": run / "ledger.jsonl", "account": _account(run)})
+    others = ledger.account.others(ledger.entries()).state if ledger.account is not None else ""
+    return (ledger.head, others) != (manifest.details["ledger"], manifest.details["account"])
 
 
 def _headline(run: Path) -> dict[str, float]:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from scipy.special import log_ndtr, ndtr
 
 from medsynth.config import Masks, Privacy, Train
-from medsynth.errors import BudgetError
+from medsynth.errors import BudgetError, PrivacyError
 from medsynth.privacy.accounting import COARSE_INTERVAL, FINE_INTERVAL, Event, epsilon, merge, pld_epsilon
 
 # The mask statistics are two noisy sums (means of pose and shape, then their spread), which split their share of
@@ -35,9 +35,9 @@ class BudgetPlan:
         appearance_noise_multiplier: of the one noisy sum of intensities; 0 where there is none.
         training_noise_multiplier: of each DP-SGD step; 0 where there is none.
         events: the events of each stage by name (``masks``, ``appearance``, ``training``); absent stages are absent.
-        epsilon: what all events cost together (rounded up), at most the promise.
+        epsilon: what all events cost together, in all declared trials (rounded up), at most the promise.
         delta: the promise's delta.
-        mu: Gaussian-DP parameter that the promise would allow to one Gaussian mechanism.
+        mu: Gaussian-DP parameter that the promise would allow to one Gaussian mechanism; of one trial.
     """
 
     masks_noise_multiplier: float
@@ -61,7 +61,8 @@ def plan_budget(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:
     Masks and appearance get ``mu_i^2 = mu^2 * share_i / sum(shares)`` of the Gaussian mechanism that would spend the
     whole promise; the training noise is then the least for which the exact composition stays within epsilon. The
     share of a mechanism that does not run (public shapes, appearance switched off) changes no other fixed share;
-    what it leaves goes to the training, or to nobody when there is no training.
+    what it leaves goes to the training, or to nobody when there is no training. In a declared sweep of k trials all of
+    it fits k times: mu is that of one trial (mu^2 of Gaussian mechanisms adds up, Dong, Roth, Su 2022, corollary 3.3).
 
     Args:
         privacy: the promise and the shares.
@@ -73,7 +74,7 @@ def plan_budget(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:
     """
     if not privacy.private:
         return _nonprivate_plan(privacy, train, masks)
-    mu = gaussian_mu(privacy.epsilon, privacy.delta)
+    mu = gaussian_mu(privacy.epsilon, privacy.delta) / math.sqrt(privacy.trials)
     shares = privacy.shares
     total = shares.masks + shares.appearance + shares.training
     sigma_masks = math.sqrt(MASK_SUMS * total / shares.masks) / mu if masks.source == "statistics" else 0.0
@@ -88,7 +89,7 @@ def plan_budget(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:
         fixed = tuple(event for stage in events.values() for event in stage)
         sigma_training = _training_noise(fixed, privacy, train)
         events["training"] = (Event("subsampled_gaussian", sigma_training, train.sampling_rate, train.steps),)
-    spent = epsilon([event for stage in events.values() for event in stage], privacy.delta)
+    spent = epsilon([event for stage in events.values() for event in stage] * privacy.trials, privacy.delta)
     return BudgetPlan(sigma_masks, sigma_appearance, sigma_training, MappingProxyType(events), spent, privacy.delta, mu)
 
 
@@ -101,7 +102,13 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """Return the largest ``mu`` with ``gaussian_delta(epsilon, mu) <= delta``, from below."""
+    """Return the largest ``mu`` with ``gaussian_delta(epsilon, mu) <= delta``, from below.
+
+    Raises:
+        PrivacyError: an epsilon or a delta that is no budget.
+    """
+    if not (0 < epsilon < math.inf and 0 < delta < 1):
+        raise PrivacyError(f"a budget needs 0 < epsilon < inf and 0 < delta < 1, got {epsilon} and {delta}")
     low, high = 1e-9, 1.0
     while gaussian_delta(epsilon, high) <= delta:
         low, high = high, 2 * high
@@ -123,7 +130,7 @@ def _training_noise(fixed: tuple[Event, ...], privacy: Privacy, train: Train) ->
 
     def cost(sigma: float, interval: float) -> float:
         step = Event("subsampled_gaussian", sigma, train.sampling_rate, train.steps)
-        return pld_epsilon(merge((*fixed, step)), privacy.delta, interval)
+        return pld_epsilon(merge((*fixed, step) * privacy.trials), privacy.delta, interval)
 
     high = 1.0
     while cost(high, COARSE_INTERVAL) > target:

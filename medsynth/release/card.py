@@ -76,13 +76,14 @@ are not promised to be right. Images carry a hospital's equipment and population
 """
 
 
-def privacy_page(config: Study, claim: Claim | None, public_inputs: Sequence[str] = ()) -> str:
+def privacy_page(config: Study, claim: Claim | None, public_inputs: Sequence[str] = (), account: str = "") -> str:
     """Return ``PRIVACY.md``: one page for a privacy officer.
 
     Args:
         config: the study; only public values are read.
         claim: what the certificate promises; None when there is none.
         public_inputs: further lines (public inputs) to state.
+        account: in words, what was ever reserved for the same patients.
     """
     title = f"# Privacy of '{config.export.dataset_name}' on one page"
     if claim is None:
@@ -115,6 +116,9 @@ Without any promise the second column could be 100 %; a blind guess gives the fi
 |---|---|
 {at}
 
+## Other studies of the same patients
+{account}
+
 ## What one patient is
 {claim.linkage}
 
@@ -144,10 +148,11 @@ Treat it like the patients' own data. `medsynth verify` refuses it.
 
 
 def _claim_in_words(claim: Claim) -> str:
+    sweep = f", {claim.trials} times over, for the {claim.trials} studies of its declared sweep" * (claim.trials > 1)
     return (
         f"This release is ({claim.epsilon:g}, {claim.delta:g})-differentially private for the unit **{claim.unit}**:\n"
         f"epsilon = {claim.epsilon:g}, delta = {claim.delta:g}. The presence or absence of any one {claim.unit}, with "
         f"all records of\nthat person, changes the probability of anything in this release by a factor of at most "
-        f"e^{claim.epsilon:g}, but for a\nfailure probability of {claim.delta:g}. The number composes everything that "
-        f"ever read the cohort\n(accountant: {claim.accountant}; neighbouring relation: {claim.relation})."
+        f"e^{claim.epsilon:g}, but for a\nfailure probability of {claim.delta:g}. The number composes everything by "
+        f"which this study read the cohort{sweep}\n(accountant: {claim.accountant}; neighbouring relation: {claim.relation})."
     )

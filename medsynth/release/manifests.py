@@ -13,9 +13,20 @@ from medsynth.release.marks import CERTIFICATE, PAYLOAD, PUBLIC_KEY
 from medsynth.store import Manifest
 
 
-def certificate_details(pairs: int, epsilon: float, delta: float) -> dict[str, Any]:
-    """Return the details that stage ``certify`` writes into the manifest of a certified folder."""
-    return {"certified": True, "pairs": pairs, "epsilon": epsilon, "delta": delta}
+def certificate_details(predicate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the details that stage ``certify`` writes into the manifest of a certified folder.
+
+    ``ledger`` and ``account`` tell later whether anything was reserved since.
+    """
+    claim = predicate["claim"]
+    return {
+        "certified": True,
+        "pairs": predicate["build"]["pairs"],
+        "epsilon": claim["epsilon"],
+        "delta": claim["delta"],
+        "ledger": predicate["ledger"]["head"],
+        "account": predicate["account"]["state"],
+    }
 
 
 def build_facts(pairs: int, certify: str, export: str) -> dict[str, Any]:
@@ -41,7 +52,7 @@ def certificate_manifest(statement: Mapping[str, Any], envelope: str, key: str) 
         KeyError, IndexError, TypeError: the statement lacks a part.
     """
     predicate = statement["predicate"]
-    claim, build = predicate["claim"], predicate["build"]
+    build = predicate["build"]
     root = predicate["ancestry"][0]
     return Manifest(
         stage="certify",
@@ -50,7 +61,7 @@ def certificate_manifest(statement: Mapping[str, Any], envelope: str, key: str) 
         parents={root["folder"]: root["digest"]},
         files={f"{PAYLOAD}/{name}": digest for name, digest in _subject(statement).items()}
         | {CERTIFICATE: envelope, PUBLIC_KEY: key},
-        details=certificate_details(build["pairs"], claim["epsilon"], claim["delta"]),
+        details=certificate_details(predicate),
         medsynth_version=predicate["implementation"]["medsynth"],
     )
 

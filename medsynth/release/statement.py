@@ -33,8 +33,10 @@ _IMPLEMENTATION = (
 )
 
 NOT_COVERED: tuple[str, ...] = (
-    "knobs (steps, clip norms, model size, number of restarts) that were chosen by looking at results on this cohort "
-    "in other runs: choose them on public data, or charge every run",
+    "knobs (steps, clip norms, model size) that were chosen by looking at results on this cohort in other runs: the "
+    "claim charges the trials that were declared beforehand, the account every other study that the site knows",
+    "looks at the cohort without a mechanism (studies with infinite epsilon, internal reports and audits): nothing is "
+    "charged for them",
     "errors in the code, in the operating system's random numbers or in floating-point arithmetic",
     "that this code really ran on that cohort: the signature says who claims it",
     "the folders that stay inside (cohort, segmenter, report, MLflow) and every number measured on real patients, such "
@@ -43,14 +45,10 @@ NOT_COVERED: tuple[str, ...] = (
     "one person who is registered under two identifiers: he or she counts as two units",
     "what is true of the population: a release may teach that a disease has a look, and so something about everybody "
     "who has it, whether in the cohort or not",
-    "other releases made from the same cohort: this ledger does not know them, and their epsilons add up",
+    "studies of the same patients that the site's account does not know: at another site, under another site folder, "
+    "or of records under another identifier and with other pixels; their epsilons add up",
     "that the public inputs hold no patient of this cohort",
 )
-
-EARLIER_RELEASES = (
-    "unknown to this ledger: what other ledgers charged for the same patients is to be added to epsilon_of_this_ledger"
-)
-"""A ledger knows its own run only, so the statement must not say that there was no release before."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class Claim:
         epsilon_at: (delta, epsilon) pairs of the same events, rounded up.
         membership: (false-positive rate, greatest true-positive rate) of any attack on membership, rounded up.
         linkage: the rule by which records became one patient.
+        trials: studies of the declared sweep that ``epsilon`` charges; 1: no sweep.
     """
 
     epsilon: float
@@ -75,6 +74,7 @@ class Claim:
     epsilon_at: tuple[tuple[float, float], ...]
     membership: tuple[tuple[float, float], ...]
     linkage: str
+    trials: int = 1
     accountant: str = "pld"
     unit: str = UNIT
     relation: str = RELATION
@@ -99,6 +99,7 @@ class Claim:
                 for fpr, tpr in self.membership
             ],
             "linkage": self.linkage,
+            "trials": self.trials,
         }
 
 
@@ -113,6 +114,7 @@ def claim_of(events: Sequence[Event], config: Study) -> Claim:
         epsilon_at=tuple((value, spending.cost_at(events, value)) for value in (delta, delta / 10, delta / 100)),
         membership=spending.membership(events, delta),
         linkage=linkage_rule(config),
+        trials=config.privacy.trials,
     )
 
 
@@ -178,6 +180,7 @@ def build(
     accountants: Mapping[str, float],
     mechanisms: Sequence[Mapping[str, Any]],
     ledger: Mapping[str, Any],
+    account: Mapping[str, Any],
     ancestry: Sequence[Mapping[str, Any]],
     public: Sequence[str],
     facts: Mapping[str, Any],
@@ -190,6 +193,7 @@ def build(
         accountants: epsilon by accountant, unrounded, for the same events and delta.
         mechanisms: what each entry of the ledger ran.
         ledger: head (hash of the last line) and number of entries.
+        account: everything that was ever reserved for the same patients, see :func:`spending.account`.
         ancestry: nodes of the walk back to the cohort.
         public: public inputs in words.
         facts: what the manifests of the two last folders are computed from, see ``release/manifests.py``.
@@ -207,7 +211,7 @@ def build(
             "not_covered": list(NOT_COVERED),
             "public_inputs": list(public),
             "epsilon_of_this_ledger": claim.epsilon,
-            "earlier_releases": EARLIER_RELEASES,
+            "account": dict(account),
             "build": dict(facts),
             "implementation": implementation(),
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from medsynth.config import Study
 from medsynth.errors import CertificationError
 from medsynth.imaging.cohort import read_pairs
 from medsynth.logs import say
+from medsynth.privacy.account import Release
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import Ledger
 from medsynth.release import card, gate, keys, manifests, payload, signing, spending, statement
@@ -27,7 +29,7 @@ from medsynth.release.marks import (
     PUBLIC_KEY,
     UNCERTIFIED,
 )
-from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.inputs import config_digest, open_ledger, stage_inputs
 from medsynth.stages.masks import SETTINGS
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -46,16 +48,20 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
     Args:
         config: the study; what is claimed comes from the ledger, not from here.
-        inputs: ``synthetic``, ``ledger``, ``keys``, and any ancestor folder that does not lie beside ``synthetic``.
+        inputs: ``synthetic``, ``ledger``, ``keys``, ``account`` (what else was reserved for these patients; without it
+            the statement calls that unknown), and any ancestor folder that does not lie beside ``synthetic``.
         out: the folder to write.
         tracker: receives epsilon by accountant.
 
     Raises:
         CertificationError: something in the ancestry cannot be certified and ``export.uncertified`` is not set, or
             (always) a folder was changed since it was finished.
+        PrivacyError: the ledger belongs to the account of another cohort.
     """
     folders = stage_inputs(inputs, "synthetic")
-    ledger = Ledger(inputs["ledger"])
+    ledger = open_ledger(inputs)
+    if ledger.account is not None:
+        ledger.account.adopt(ledger.entries())
     ancestry = walk(folders["synthetic"], inputs)
     reasons = gate.refusals(ancestry, ledger, config.privacy) + _other_sources(config, ancestry)
     if reasons and not config.export.uncertified:
@@ -70,9 +76,11 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         if key is None:
             _leave_uncertified(config, body, count, reasons)
             return folder.finish("internal", details={"certified": False, "pairs": count})
-        claim = _certify(config, inputs, folder.path, count, ancestry, ledger, tracker, key)
-        details = manifests.certificate_details(count, claim.epsilon, claim.delta)
-        return folder.finish("released", details=details)
+        # Nobody reserves or certifies beside this: the statement names all that the account holds when it is signed.
+        with ledger.account.locked() if ledger.account is not None else contextlib.nullcontext():
+            signed = _certify(config, inputs, folder.path, count, ancestry, ledger, tracker, key)
+            _note_release(ledger, signed)
+            return folder.finish("released", details=manifests.certificate_details(signed["predicate"]))
 
 
 def _other_sources(config: Study, ancestry: Ancestry) -> list[str]:
@@ -108,24 +116,27 @@ def _certify(
     ledger: Ledger,
     tracker: Tracker,
     key: signing.SigningKey,
-) -> statement.Claim:
-    events = spending.events(ledger.entries())
+) -> dict[str, Any]:
+    entries = ledger.entries()
+    events = spending.events(entries)
     accountants = agreeing_accountants(events, config.privacy.delta)
     claim = statement.claim_of(events, config)
     body = out / PAYLOAD
     nodes = [node.as_json() for node in ancestry.nodes]
-    _write_words(config, body, count, claim)
+    others = ledger.account.others(entries) if ledger.account is not None else None
+    account = spending.account(others, entries, claim.delta)
+    _write_words(config, body, count, claim, account["in_words"])
     shutil.copyfile(inputs["ledger"], body / LEDGER)
     payload.write_json(body / ANCESTRY, nodes)
     if endorsed := keys.read_endorsements(inputs["keys"]):
         (body / ENDORSEMENTS).write_bytes(endorsed)
-    entries = ledger.entries()
     signed = statement.build(
         store.digest_tree(body),
         claim,
         accountants=accountants,
         mechanisms=[spending.mechanism(entry) for entry in entries],
         ledger={"head": ledger.head, "entries": len(entries)},
+        account=account,
         ancestry=nodes,
         public=statement.public_inputs(config),
         facts=manifests.build_facts(count, config_digest(config, "certify"), config_digest(config, "export")),
@@ -133,7 +144,13 @@ def _certify(
     _sign(out, key, signed)
     tracker.metrics({"epsilon": claim.epsilon, **{f"epsilon_{name}": value for name, value in accountants.items()}})
     say("certified", epsilon=claim.epsilon, delta=claim.delta, unit=claim.unit, pairs=count)
-    return claim
+    return signed
+
+
+def _note_release(ledger: Ledger, signed: dict[str, Any]) -> None:
+    if ledger.account is not None:
+        claim, digest = signed["predicate"]["claim"], store.digest_of(signed)
+        ledger.account.release(ledger.entries(), Release(digest, claim["epsilon"], claim["delta"]))
 
 
 def allowance(spent: float) -> float:
@@ -164,10 +181,10 @@ def agreeing_accountants(events: list[Event], delta: float) -> dict[str, float]:
     return values
 
 
-def _write_words(config: Study, body: Path, count: int, claim: statement.Claim | None) -> None:
+def _write_words(config: Study, body: Path, count: int, claim: statement.Claim | None, account: str = "") -> None:
     public = statement.public_inputs(config)
     (body / DATASET_CARD).write_text(card.dataset_card(config, count, claim), encoding="utf-8")
-    (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public), encoding="utf-8")
+    (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public, account), encoding="utf-8")
 
 
 def _sign(out: Path, key: signing.SigningKey, signed: dict[str, Any]) -> None:

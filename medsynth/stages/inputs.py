@@ -7,6 +7,8 @@ from pathlib import Path
 
 from medsynth.config import Study
 from medsynth.errors import StoreError
+from medsynth.privacy.account import Account
+from medsynth.privacy.ledger import Ledger
 from medsynth.store import digest_of
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -16,6 +18,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "train": ("seed", "grid", "privacy", "ingest", "encode", "masks", "train"),
     "synthesise": ("seed", "grid", "synthesise"),
     "segment": ("seed", "grid", "segment"),
+    "audit": ("seed", "grid", "privacy", "ingest", "encode", "masks", "train", "audit"),
     "evaluate": ("name", "seed", "grid", "privacy", "segment", "evaluate"),
     "certify": ("name", "description", "grid", "privacy", "ingest", "encode", "masks", "train", "export"),
     "export": ("name", "grid", "export"),
@@ -26,6 +29,11 @@ def config_digest(config: Study, stage: str) -> str:
     """Return the SHA-256 of the sections of ``config`` that ``stage`` depends on."""
     values = config.model_dump(mode="json")
     return digest_of({name: values[name] for name in SECTIONS[stage]})
+
+
+def open_ledger(inputs: Mapping[str, Path]) -> Ledger:
+    """Return the run's ledger (``ledger``), which charges the cohort's account (``account``) where one was given."""
+    return Ledger(inputs["ledger"], Account(inputs["account"]) if "account" in inputs else None)
 
 
 def stage_inputs(inputs: Mapping[str, Path], *names: str) -> dict[str, Path]:

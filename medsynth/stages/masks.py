@@ -26,7 +26,7 @@ from medsynth.models.mask_generator import (
 )
 from medsynth.models.pose import Array
 from medsynth.randomness import derive_seed
-from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.inputs import config_digest, open_ledger, stage_inputs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -118,9 +118,8 @@ def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, diges
     from medsynth.imaging.cohort import load_patients
     from medsynth.privacy.budget import plan_budget
     from medsynth.privacy.entropy import open_entropy
-    from medsynth.privacy.ledger import Ledger
 
-    ledger, path = Ledger(inputs["ledger"]), folder / STATISTICS
+    ledger, path = open_ledger(inputs), folder / STATISTICS
     cohort = {"cohort": store.read_manifest(inputs["cohort"]).digest}
     if path.is_file():
         before = ledger.completed(digest, cohort, {STATISTICS: store.digest_file(path)})
@@ -139,6 +138,7 @@ def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, diges
         config_digest=digest,
         parents=cohort,
         resume=True,
+        trials=config.privacy.trials,
     )
     patients = load_patients(inputs["cohort"], config.grid, "train")
     statistics = _measure(patients, space, sums, open_entropy(config.privacy.entropy))

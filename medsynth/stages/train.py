@@ -32,7 +32,7 @@ from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.denoiser import Preconditioning
 from medsynth.randomness import derive_seed, generator
-from medsynth.stages.inputs import config_digest, stage_inputs
+from medsynth.stages.inputs import config_digest, open_ledger, stage_inputs
 from medsynth.stages.masks import load_masks
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -156,9 +156,7 @@ def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _ledger(job: Job) -> Ledger:
-    from medsynth.privacy.ledger import Ledger
-
-    return Ledger(job.inputs["ledger"])
+    return open_ledger(job.inputs)
 
 
 def _plan(job: Job) -> BudgetPlan:
@@ -430,6 +428,7 @@ def _reserve(job: Job, mechanisms: list[Any], **more: Any) -> str:
         noise_source=privacy.entropy,
         config_digest=job.digest,
         parents=job.parents,
+        trials=privacy.trials,
         **more,
     )
 
@@ -437,12 +436,12 @@ def _reserve(job: Job, mechanisms: list[Any], **more: Any) -> str:
 def _epsilon_curve(job: Job, mechanism: DpSgd, entry: str) -> dict[int, float]:
     """Return epsilon of everything in the ledger with only the first t steps of reservation ``entry``, for a few t."""
     from medsynth.privacy.accounting import epsilon
-    from medsynth.privacy.ledger import events_of
+    from medsynth.privacy.ledger import charged_events
 
-    before = events_of([other for other in _ledger(job).entries() if other["id"] != entry])
+    before = charged_events([other for other in _ledger(job).entries() if other["id"] != entry])
     points = np.unique(np.linspace(1, mechanism.steps, _EPSILON_POINTS).astype(int))
-    event = mechanism.event()
-    return {int(t): epsilon([*before, replace(event, count=int(t))], job.config.privacy.delta) for t in points}
+    event, trials = mechanism.event(), job.config.privacy.trials
+    return {int(t): epsilon([*before, replace(event, count=int(t) * trials)], job.config.privacy.delta) for t in points}
 
 
 def _keep(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
