@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from medsynth.errors import PrivacyError
@@ -14,6 +14,7 @@ from medsynth.privacy.ledger import RELATION, UNIT, charged_events, taints_of, t
 
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.05, 0.10)
 _DECIMALS = 3
+_TOLERANCE = 1e-6  # what is stated is rounded up; this covers floating-point differences between machines
 _MECHANISM_FIELDS = (
     "id",
     "stage",
@@ -109,7 +110,7 @@ def account(others: Others | None, entries: Sequence[Record], delta: float) -> d
     known = others or Others(0, 0, (), (), False, "")
     values = {
         "scope": "site" if others else "ledger",
-        "epsilon": _cumulative(entries, known.events, delta),
+        "epsilon": round_up(epsilon([*counted_events(entries), *known.events], delta)),
         "delta": delta,
         "other_studies": known.studies,
         "without_promise": known.without_promise,
@@ -155,12 +156,17 @@ def account_in_words(values: Mapping[str, Any]) -> str:
     return words
 
 
-def check_account(predicate: Mapping[str, Any], entries: Sequence[Record]) -> list[str]:
+def check_account(
+    predicate: Mapping[str, Any],
+    entries: Sequence[Record],
+    costs: Callable[[Sequence[Event], float], Mapping[str, float]],
+) -> list[str]:
     """Return what is wrong with the account in a certificate: epsilon is computed again from the signed events.
 
     Args:
         predicate: of the signed statement.
         entries: the ledger of the release.
+        costs: epsilon of events at a delta, by each accountant at hand.
 
     Raises:
         KeyError, TypeError, ValueError, PrivacyError: a part is missing or unreadable.
@@ -178,15 +184,13 @@ def check_account(predicate: Mapping[str, Any], entries: Sequence[Record]) -> li
         problems.append(f"its delta is {signed['delta']:g}, the claim's {claim['delta']:g}")
     if claim["trials"] != trials(entries):
         problems.append(f"the claim is for a sweep of {claim['trials']} studies, the ledger charges {trials(entries)}")
-    spent = _cumulative(entries, others, claim["delta"])
-    if not signed["epsilon"] >= spent - 1e-6:
-        problems.append(f"all studies together cost epsilon {spent:g}, the certificate says {signed['epsilon']:g}")
+    for name, spent in costs([*counted_events(entries), *others], claim["delta"]).items():
+        if not signed["epsilon"] >= spent - _TOLERANCE:
+            problems.append(
+                f"all studies together cost epsilon {spent:g} ({name}), the certificate says {signed['epsilon']:g}"
+            )
     if not 0 <= signed["without_promise"] <= signed["other_studies"]:
         problems.append("more studies without a promise than other studies")
     if signed["in_words"] != account_in_words(signed):
         problems.append("its words do not say what its numbers say")
     return problems
-
-
-def _cumulative(entries: Sequence[Record], others: Sequence[Event], delta: float) -> float:
-    return round_up(epsilon([*counted_events(entries), *others], delta))
