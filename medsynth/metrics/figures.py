@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from medsynth.metrics.membership import roc as roc_curve
+
 COLOURS = {"real_only": "#33658a", "synthetic_only": "#d1603d", "mixed": "#6a994e"}
 NAMES = {"real_only": "real only", "synthetic_only": "synthetic only", "mixed": "mixed"}
 _REAL, _SYNTHETIC, _GREY = COLOURS["real_only"], COLOURS["synthetic_only"], "#8a8f98"
@@ -116,6 +118,24 @@ def distances(synthetic: np.ndarray, held_out: np.ndarray, path: Path) -> None:
     axes[0][0].axvline(float(np.percentile(held_out, 5)), color=_GREY, ls="--", lw=1, label="5 % of held-out patients")
     axes[0][0].set_xlabel("distance to the nearest training image")
     axes[0][0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def roc(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Draw the curve of each membership attack: how many members it recognises at how many false alarms.
+
+    Args:
+        scores: by name, scores of members and of strangers.
+        path: PNG to write.
+    """
+    figure, axes = _figure(3.8, 3.5, 1, 1)
+    axis = axes[0][0]
+    axis.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1, label="chance")
+    for (name, sides), colour in zip(scores.items(), (_SYNTHETIC, _REAL, *_CONTOURS), strict=False):
+        false, true = roc_curve(*sides)
+        axis.step(false, true, where="post", color=colour, lw=1.8, label=name)
+    axis.set(xlabel="held-out patients taken for members", ylabel="members recognised", aspect="equal")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
     _save(figure, path)
 
 

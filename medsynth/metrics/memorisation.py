@@ -1,7 +1,8 @@
-"""Are synthetic images nearer to training patients than other patients are: a sanity check, no privacy statement."""
+"""Are synthetic images nearer to training patients than to others: a sanity check, and copy detection by patients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,81 @@ def coarse(images: Tensor) -> Tensor:
     pool = nn.AdaptiveAvgPool2d(cells) if rank == 2 else nn.AdaptiveAvgPool3d(cells)
     flat: Tensor = pool(images).flatten(1)
     return (flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Share of synthetic images nearer to their nearest training patient than to any held-out one.
+
+    Attributes:
+        share: that share.
+        chance: its median when patients change sides at random.
+        chance_high: 99.9 % of what chance gives; patients who are near to everything make it wide.
+        low: lower end of the share's 95 % interval (bootstrap over synthetic images).
+        high: upper end.
+    """
+
+    share: float
+    chance: float
+    chance_high: float
+    low: float
+    high: float
+
+    def limit(self, effect: float) -> float:
+        """Return the share from which on it is no chance: beyond all luck, and by ``effect`` at least."""
+        return max(self.chance_high, self.chance + effect)
+
+
+def copies(distances: np.ndarray, trained: np.ndarray, draws: int, random: np.random.Generator) -> Copies:
+    """Measure whether synthetic images crowd around training patients.
+
+    Args:
+        distances: ``(patient, synthetic)`` from :func:`relative_distances`.
+        trained: ``(patient,)`` whether the generator was trained on the patient.
+        draws: permutations, and bootstrap samples.
+        random: the stream to draw from.
+    """
+    nearer = _nearer(distances, trained)
+    chance = [_nearer(distances, random.permutation(trained)).mean() for _ in range(draws)]
+    shares = nearer[random.integers(len(nearer), size=(draws, len(nearer)))].mean(axis=1)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    middle, top = np.quantile(chance, [0.5, 0.999])
+    return Copies(float(nearer.mean()), float(middle), float(top), float(low), float(high))
+
+
+def relative_distances(patients: Sequence[Tensor], synthetic: Tensor) -> np.ndarray:
+    """Return ``(patient, synthetic)`` distances in units of each patient's own median distance.
+
+    The unit takes out that an ordinary patient is near to everything. A patient of several records counts by the
+    nearest of them.
+
+    Args:
+        patients: features ``(record, feature)`` of each patient, see :func:`coarse`.
+        synthetic: features ``(image, feature)``.
+    """
+    rows = [torch.cdist(records, synthetic).min(dim=0).values for records in patients]
+    distances = torch.stack(rows).double().numpy()
+    return np.asarray(distances / np.maximum(np.median(distances, axis=1, keepdims=True), 1e-12))
+
+
+def centred(images: Tensor, labels: Tensor) -> Tensor:
+    """Return images rolled so that the centroid of their labels lies in the middle of the grid.
+
+    Args:
+        images: ``(image, channel, *spatial)``.
+        labels: ``(image, *spatial)``.
+    """
+    rolled = []
+    for image, label in zip(images, labels, strict=True):
+        points = label.nonzero().float()
+        middle = points.mean(dim=0) if len(points) else torch.tensor(label.shape) / 2
+        shifts = [round(size / 2 - float(at)) for size, at in zip(label.shape, middle, strict=True)]
+        rolled.append(torch.roll(image, shifts, tuple(range(1, image.ndim))))
+    return torch.stack(rolled)
+
+
+def _nearer(distances: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    return np.asarray(distances[trained].min(axis=0) < distances[~trained].min(axis=0), dtype=float)
 
 
 def _nearest(queries: Tensor, known: Tensor) -> np.ndarray:

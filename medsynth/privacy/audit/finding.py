@@ -42,6 +42,7 @@ class Finding:
         controls: the positive controls; one that was not caught makes the audit broken.
         shows: one sentence, what this can and what it cannot show.
         reads_patients: whether the value depends on real patients (then it is internal, pass or fail).
+        detail: more of what was measured, in words.
     """
 
     audit: str
@@ -56,6 +57,7 @@ class Finding:
     controls: tuple[Control, ...]
     shows: str
     reads_patients: bool
+    detail: str = ""
 
     @property
     def verdict(self) -> Verdict:
