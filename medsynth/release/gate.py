@@ -23,7 +23,7 @@ def refusals(ancestry: Ancestry, ledger: Ledger, privacy: Privacy) -> list[str]:
 
     *Guarantees*: when empty, every folder that read patients holds only outputs of mechanisms that the ledger charges,
     everything else in the ancestry is computed from those and from public values, and all that the ledger ever
-    reserved composes to at most ``privacy.epsilon`` at ``privacy.delta``.
+    reserved, in every declared trial, composes to at most ``privacy.epsilon`` at ``privacy.delta``.
 
     Args:
         ancestry: the walk from ``synthetic/`` back to the cohort.
@@ -37,7 +37,7 @@ def refusals(ancestry: Ancestry, ledger: Ledger, privacy: Privacy) -> list[str]:
     entries = ledger.entries()
     reasons = [reason for node in ancestry.nodes for reason in _judge(node, ancestry, entries)]
     reasons += spending.taints(entries)
-    return reasons + _over_budget(entries, privacy)
+    return reasons + _over_budget(entries, privacy) + _sweep_over_claim(ledger, entries, privacy)
 
 
 def explain(reasons: Sequence[str]) -> str:
@@ -135,3 +135,17 @@ def _over_budget(entries: Sequence[Record], privacy: Privacy) -> list[str]:
             "privacy.epsilon, or start over with a cohort that was not used"
         )
     return reasons
+
+
+def _sweep_over_claim(ledger: Ledger, entries: Sequence[Record], privacy: Privacy) -> list[str]:
+    """Compare what a sweep was declared to cost (this study, so many times) with what its studies really reserved."""
+    if ledger.account is None or spending.trials(entries) == 1 or not privacy.private:
+        return []
+    claimed = epsilon(spending.events(entries), privacy.delta)
+    spent = epsilon(ledger.account.sweep(entries), privacy.delta)
+    if spent <= claimed:
+        return []
+    return [
+        f"the studies of this sweep reserved epsilon {spent:g} together, and the claim for "
+        f"{spending.trials(entries)} trials like this one is {claimed:g}: certify the study of the sweep that cost most"
+    ]
