@@ -24,6 +24,9 @@ MASK_SUMS = 2
 _RELATIVE_MARGIN = 1e-3
 _ABSOLUTE_MARGIN = 1e-3
 _MAX_MULTIPLIER = 1e6
+_MAX_STEPS = 1_000_000
+ADVISED = 5
+"""Train at most 1/5 of :func:`balance`: beyond, noise moves the parameters more than patients do."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,92 @@ def plan_budget(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:
     """
     if not privacy.private:
         return _nonprivate_plan(privacy, train, masks)
-    mu = gaussian_mu(privacy.epsilon, privacy.delta) / math.sqrt(privacy.trials)
-    shares = privacy.shares
-    total = shares.masks + shares.appearance + shares.training
-    sigma_masks = math.sqrt(MASK_SUMS * total / shares.masks) / mu if masks.source == "statistics" else 0.0
-    sigma_appearance = math.sqrt(total / shares.appearance) / mu if train.appearance.enabled else 0.0
-    events: dict[str, tuple[Event, ...]] = {}
-    if sigma_masks:
-        events["masks"] = (Event("gaussian", sigma_masks, count=MASK_SUMS),)
-    if sigma_appearance:
-        events["appearance"] = (Event("gaussian", sigma_appearance),)
-    sigma_training = 0.0
+    noise = _training_noise(_fixed_events(privacy, train, masks), privacy, train) if train.steps else 0.0
+    return plan_at_noise(privacy, train, masks, noise)
+
+
+def plan_at_noise(privacy: Privacy, train: Train, masks: Masks, training_noise: float) -> BudgetPlan:
+    """Return what the mechanisms cost when the training's noise is given; the fixed ones take their shares of epsilon.
+
+    Args:
+        privacy: the promise and the shares.
+        train: sampling rate, steps, and whether appearance statistics are taken.
+        masks: whether the masks come from patients' statistics.
+        training_noise: noise multiplier of each DP-SGD step; 0 where there is no training.
+
+    Raises:
+        PrivacyError: noise that is no noise.
+    """
+    events = dict(_fixed_events(privacy, train, masks))
     if train.steps:
-        fixed = tuple(event for stage in events.values() for event in stage)
-        sigma_training = _training_noise(fixed, privacy, train)
-        events["training"] = (Event("subsampled_gaussian", sigma_training, train.sampling_rate, train.steps),)
+        events["training"] = (Event("subsampled_gaussian", training_noise, train.sampling_rate, train.steps),)
     spent = epsilon([event for stage in events.values() for event in stage] * privacy.trials, privacy.delta)
-    return BudgetPlan(sigma_masks, sigma_appearance, sigma_training, MappingProxyType(events), spent, privacy.delta, mu)
+    return BudgetPlan(
+        masks_noise_multiplier=_noise_of(events, "masks"),
+        appearance_noise_multiplier=_noise_of(events, "appearance"),
+        training_noise_multiplier=_noise_of(events, "training"),
+        events=MappingProxyType(events),
+        epsilon=spent,
+        delta=privacy.delta,
+        mu=gaussian_mu(privacy.epsilon, privacy.delta) / math.sqrt(privacy.trials),
+    )
+
+
+def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: float) -> int:
+    """Return how many DP-SGD steps of this noise the promise pays for, beside the fixed mechanisms.
+
+    Raises:
+        BudgetError: not even one.
+    """
+    fixed = [event for stage in _fixed_events(privacy, train, masks).values() for event in stage]
+
+    def fits(steps: int) -> bool:
+        step = Event("subsampled_gaussian", training_noise, train.sampling_rate, steps)
+        return pld_epsilon(merge([*fixed, step] * privacy.trials), privacy.delta, COARSE_INTERVAL) <= _target(privacy)
+
+    if not fits(1):
+        raise BudgetError(
+            f"epsilon {privacy.epsilon:g} does not pay for one step at noise multiplier {training_noise:g}: raise one"
+        )
+    low, high = 1, 2
+    while high < _MAX_STEPS and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def balance(mu: float, patients: float) -> float:
+    """Return d* = (mu N)^2: trainable parameters at which the noise is as large as a perfectly aligned signal.
+
+    A clipped sum of N unit gradients has length at most N; Gaussian noise of standard deviation 1/mu in d dimensions
+    has length sqrt(d)/mu. Plan for a fifth of it.
+
+    Args:
+        mu: Gaussian-DP parameter of what is spent.
+        patients: declared size of the cohort.
+    """
+    return (mu * patients) ** 2
+
+
+def epsilon_for(parameters: float, patients: float, delta: float, trials: int = 1) -> float:
+    """Return the epsilon at which ``parameters`` are a fifth of :func:`balance`.
+
+    Args:
+        parameters: trainable parameters.
+        patients: declared size of the cohort.
+        delta: failure probability.
+        trials: studies of a declared sweep.
+    """
+    mu = math.sqrt(ADVISED * parameters * trials) / patients
+    low, high = 0.0, 1.0
+    while gaussian_delta(high, mu) > delta:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(middle, mu) > delta else (low, middle)
+    return high
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
@@ -125,12 +197,32 @@ def _nonprivate_plan(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan
     return BudgetPlan(0.0, 0.0, 0.0, MappingProxyType(events), spent, privacy.delta, math.inf)
 
 
-def _training_noise(fixed: tuple[Event, ...], privacy: Privacy, train: Train) -> float:
-    target = privacy.epsilon - max(_RELATIVE_MARGIN * privacy.epsilon, min(_ABSOLUTE_MARGIN, privacy.epsilon / 10))
+def _fixed_events(privacy: Privacy, train: Train, masks: Masks) -> Mapping[str, tuple[Event, ...]]:
+    mu = gaussian_mu(privacy.epsilon, privacy.delta) / math.sqrt(privacy.trials)
+    shares = privacy.shares
+    total = shares.masks + shares.appearance + shares.training
+    events = {}
+    if masks.source == "statistics":
+        events["masks"] = (Event("gaussian", math.sqrt(MASK_SUMS * total / shares.masks) / mu, count=MASK_SUMS),)
+    if train.appearance.enabled:
+        events["appearance"] = (Event("gaussian", math.sqrt(total / shares.appearance) / mu),)
+    return events
+
+
+def _noise_of(events: Mapping[str, tuple[Event, ...]], stage: str) -> float:
+    return events[stage][0].noise_multiplier if stage in events else 0.0
+
+
+def _target(privacy: Privacy) -> float:
+    return privacy.epsilon - max(_RELATIVE_MARGIN * privacy.epsilon, min(_ABSOLUTE_MARGIN, privacy.epsilon / 10))
+
+
+def _training_noise(fixed: Mapping[str, tuple[Event, ...]], privacy: Privacy, train: Train) -> float:
+    target, before = _target(privacy), [event for stage in fixed.values() for event in stage]
 
     def cost(sigma: float, interval: float) -> float:
         step = Event("subsampled_gaussian", sigma, train.sampling_rate, train.steps)
-        return pld_epsilon(merge((*fixed, step) * privacy.trials), privacy.delta, interval)
+        return pld_epsilon(merge([*before, step] * privacy.trials), privacy.delta, interval)
 
     high = 1.0
     while cost(high, COARSE_INTERVAL) > target:

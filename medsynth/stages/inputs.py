@@ -7,9 +7,11 @@ from pathlib import Path
 
 from medsynth.config import Study
 from medsynth.errors import StoreError
-from medsynth.privacy.account import Account
+from medsynth.imaging.deidentify import key_id, read_references
+from medsynth.privacy.account import Account, open_account
 from medsynth.privacy.ledger import Ledger
-from medsynth.store import digest_of
+from medsynth.site import accounts, site_key
+from medsynth.store import digest_of, read_manifest
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "ingest": ("seed", "grid", "ingest"),
@@ -29,6 +31,25 @@ def config_digest(config: Study, stage: str) -> str:
     """Return the SHA-256 of the sections of ``config`` that ``stage`` depends on."""
     values = config.model_dump(mode="json")
     return digest_of({name: values[name] for name in SECTIONS[stage]})
+
+
+def account_of(run: Path) -> Account:
+    """Return the account that the patients of a run's ``cohort/`` have at this site (made where there is none).
+
+    Raises:
+        StoreError: there is no finished cohort folder, or MEDSYNTH_HOME cannot be used.
+        PrivacyError: the run's ledger belongs to another cohort, or the cohort was read under another MEDSYNTH_HOME.
+        VerificationError: the chain of the ledger or of the account is broken.
+    """
+    cohort = run / "cohort"
+    digest, references = read_manifest(cohort).digest, read_references(cohort)
+    return open_account(
+        accounts(),
+        references.names,
+        ledger=run / "ledger.jsonl",
+        cohort=digest,
+        same_key=references.key_id == key_id(site_key()),
+    )
 
 
 def open_ledger(inputs: Mapping[str, Path]) -> Ledger:
