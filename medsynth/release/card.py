@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from medsynth.config import Study
+from medsynth.release.signing import fingerprint
 from medsynth.release.statement import NOT_COVERED, Claim
+
+if TYPE_CHECKING:  # whoever verifies needs no pydantic
+    from medsynth.config import Study
 
 _HOW = """\
 A generator of label maps and a mask-conditioned latent diffusion model learnt from a cohort at a hospital; every pair
@@ -13,9 +18,80 @@ was then sampled from the two."""
 _HOW_CERTIFIED = """ No patient's image or segmentation conditioned a pair, and no pair was selected by
 comparing it with patients."""
 _HOW_TO_CHECK = """\
-Install medsynth from the repository of its authors (a package of that name in a registry may be somebody else's), then
-`medsynth verify RELEASE --key public.pem`, with a `public.pem` that you received from the hospital by another way.
-`verify` itself loads no PyTorch and needs no GPU, no data and no network."""
+You need Python 3.11 or newer, the hospital's public key, received by another way than this release, and medsynth from
+the repository of its authors (a package of that name in a registry may be somebody else's). In a copy of it:
+
+    python3 -m venv verify-env
+    verify-env/bin/pip install -r pipelines/verify/requirements.txt
+    verify-env/bin/pip install --no-deps .
+    verify-env/bin/medsynth verify RELEASE --key HOSPITAL.pem
+
+That takes a minute and less than 200 MB; it loads no PyTorch and needs no GPU, no patient data and, once installed, no
+network. It ends with `VERIFIED` and exit code 0 only when everything holds."""
+_RELATIONS = {"add_or_remove_one": "one patient added or removed"}
+_ACCOUNTANTS = {"pld": "privacy-loss distributions (PLD)"}
+
+
+def promise_line(claim: Mapping[str, Any]) -> str:
+    """Return the one line in which card and page state the promise."""
+    return (
+        f"**epsilon = {claim['epsilon']:g}, delta = {claim['delta']:g}** for each {claim['unit']} "
+        f"({_RELATIONS[claim['relation']]}; computed by {_ACCOUNTANTS[claim['accountant']]})"
+    )
+
+
+def signer_line(identity: str) -> str:
+    """Return the line in which the page names the key that signed."""
+    return f"Key (SHA-256): `{fingerprint(identity)}`"
+
+
+def facts_of_the_card(predicate: Mapping[str, Any]) -> list[str]:
+    """Return the lines that ``DATASET_CARD.md`` must hold, because the certificate says so."""
+    return [promise_line(predicate["claim"])]
+
+
+def facts_of_the_page(predicate: Mapping[str, Any]) -> list[str]:
+    """Return the lines that ``PRIVACY.md`` must hold, because the certificate says so."""
+    claim = predicate["claim"]
+    return [
+        promise_line(claim),
+        _size_line(claim),
+        *_membership_rows(claim),
+        *_delta_rows(claim),
+        str(predicate["account"]["in_words"]),
+        str(claim["linkage"]),
+        *_bullets(predicate["not_covered"]),
+        *_bullets(predicate["public_inputs"]),
+        *_audit_lines(predicate["audits"]),
+    ]
+
+
+def _audit_lines(audited: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line an audit: what it looked at, and its verdict unless it was measured on patients."""
+    looked: dict[tuple[str, str], list[str]] = {}
+    for one in audited:
+        verdict = one.get("verdict", "read patients, so that its result stays inside")
+        looked.setdefault((str(one["audit"]), str(verdict)), []).append(str(one["subject"]))
+    return [f"- {audit} of {', '.join(subjects)}: {verdict}" for (audit, verdict), subjects in looked.items()]
+
+
+def _size_line(claim: Mapping[str, Any]) -> str:
+    size = f"Declared size of the cohort: {claim['declared_patients']} patients. Allowed: epsilon {claim['budget']:g}."
+    sweep = f" The claim charges {claim['trials']} studies of a declared sweep, each as much as this one."
+    return size + sweep if claim["trials"] > 1 else size
+
+
+def _membership_rows(claim: Mapping[str, Any]) -> list[str]:
+    rows = [(row["false_positive_rate"], row["true_positive_rate_at_most"]) for row in claim["membership"]]
+    return [f"| {1000 * rate:g} of 1000 | {1000 * most:g} of 1000 |" for rate, most in rows]
+
+
+def _delta_rows(claim: Mapping[str, Any]) -> list[str]:
+    return [f"| {row['delta']:g} | {row['epsilon']:g} |" for row in claim["epsilon_at"]]
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
 
 
 def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
@@ -31,7 +107,7 @@ def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
         "no physical spacing" if grid.spacing_mm is None else " x ".join(f"{s:g}" for s in grid.spacing_mm) + " mm"
     )
     labels = "\n".join(f"| {value} | {name} |" for value, name in sorted(grid.labels.items()))
-    privacy = _claim_in_words(claim) if claim else "**None. This release carries no certificate (see `UNCERTIFIED`).**"
+    privacy = _promise(claim) if claim else "**None. This release carries no certificate (see `UNCERTIFIED`).**"
     about = f" {config.description}" if config.description else ""
     shown = "No image shows a patient." if claim else "Images may resemble patients of the cohort; see `UNCERTIFIED`."
     check = (
@@ -76,7 +152,15 @@ are not promised to be right. Images carry a hospital's equipment and population
 """
 
 
-def privacy_page(config: Study, claim: Claim | None, public_inputs: Sequence[str] = (), account: str = "") -> str:
+def privacy_page(
+    config: Study,
+    claim: Claim | None,
+    public_inputs: Sequence[str] = (),
+    *,
+    account: str = "",
+    audited: Sequence[Mapping[str, Any]] = (),
+    signer: str = "",
+) -> str:
     """Return ``PRIVACY.md``: one page for a privacy officer.
 
     Args:
@@ -84,6 +168,8 @@ def privacy_page(config: Study, claim: Claim | None, public_inputs: Sequence[str
         claim: what the certificate promises; None when there is none.
         public_inputs: further lines (public inputs) to state.
         account: in words, what was ever reserved for the same patients.
+        audited: which audits ran inside; never a figure that was measured on patients.
+        signer: id of the key that signs.
     """
     title = f"# Privacy of '{config.export.dataset_name}' on one page"
     if claim is None:
@@ -92,47 +178,69 @@ def privacy_page(config: Study, claim: Claim | None, public_inputs: Sequence[str
 **This release has no certificate and makes no privacy promise.** Treat it like the patients' own data: the model
 that made it may have memorised them. The file `UNCERTIFIED` says why. `medsynth verify` refuses it.
 """
-    bounds = "\n".join(f"| {fpr:.1%} | {tpr:.1%} |" for fpr, tpr in claim.membership)
-    at = "\n".join(f"| {delta:.3g} | {epsilon:.3f} |" for delta, epsilon in claim.epsilon_at)
-    covered = "\n".join(f"- {line}" for line in NOT_COVERED)
-    public = "\n".join(f"- {line}" for line in public_inputs) or "- none"
+    said = claim.as_json()
     return f"""{title}
 
+Every figure on this page is in the signed certificate too; `medsynth verify` compares the two.
+
 ## The promise
-{_claim_in_words(claim)}
+{promise_line(said)}
 
-## What it means for one patient
-Suppose an attacker knows everything about all other patients and asks of one person: was he or she in the cohort?
-Whatever method the attacker uses, and however long, the share of true members found is at most:
+No image or segmentation in this release shows a patient: all were drawn from models that learnt from the cohort through
+random noise. Whatever one sees in the release, it is at most {_factor(claim.epsilon)} as likely with one patient's
+records as without them, but for a failure probability of {claim.delta:g}. All records of a person count together, and
+so does everything by which this study read the cohort{_sweep(claim)}.
+{_size_line(said)}
 
-| false alarms the attacker accepts | true members found, at most |
+## What an attacker can find out about one person
+Suppose the attacker knows everything about all other patients, the models and this page, and asks of people: were you
+in the cohort? Whatever the method, and however long it runs:
+
+| people outside the cohort who are wrongly accused | patients recognised, at most |
 |---|---|
-{bounds}
+{_lines(_membership_rows(said))}
 
-Without any promise the second column could be 100 %; a blind guess gives the first column's value.
+Without a promise the right column could be 1000 of 1000; pure guessing gives the number on the left. At smaller failure
+probabilities the same study has these epsilons:
 
-## The same spend at other failure probabilities
 | delta | epsilon |
 |---|---|
-{at}
+{_lines(_delta_rows(said))}
 
-## Other studies of the same patients
+## This study and all others of the same patients
 {account}
 
-## What one patient is
+## Who is one patient
 {claim.linkage}
 
-## Inputs that cost nothing further
-{public}
+## Who signed, and how to check
+{signer_line(signer)}
+
+Compare it with what the hospital told you by another way. `DATASET_CARD.md` has the commands; they check every file and
+every spend in `ledger.jsonl`, and compute epsilon again.
+
+## What was tested inside the hospital
+{_lines(_audit_lines(audited)) or "- no audit was run"}
 
 ## What the promise does not cover
-{covered}
+{_lines(_bullets(NOT_COVERED))}
 
-## Who vouches for it
-The statement in `certificate.dsse.json` is signed with the hospital's key and names every file of the release by its
-digest; `ledger.jsonl` lists each mechanism that read patients. `medsynth verify` checks both and computes epsilon
-again.
+## What entered from outside the cohort
+{_lines(_bullets(public_inputs)) or "- nothing"}
 """
+
+
+def _factor(epsilon: float) -> str:
+    factor = f"{math.exp(epsilon):.3g}" if epsilon < 7 else f"{math.ceil(math.exp(min(epsilon, 700.0))):,}"
+    return f"e^{epsilon:g} = {factor} times"
+
+
+def _sweep(claim: Claim) -> str:
+    return f", {claim.trials} times over, for the {claim.trials} studies of its declared sweep" * (claim.trials > 1)
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "\n".join(lines)
 
 
 def uncertified_note(reasons: Sequence[str]) -> str:
@@ -147,12 +255,8 @@ Treat it like the patients' own data. `medsynth verify` refuses it.
 """
 
 
-def _claim_in_words(claim: Claim) -> str:
-    sweep = f", {claim.trials} times over, for the {claim.trials} studies of its declared sweep" * (claim.trials > 1)
+def _promise(claim: Claim) -> str:
     return (
-        f"This release is ({claim.epsilon:g}, {claim.delta:g})-differentially private for the unit **{claim.unit}**:\n"
-        f"epsilon = {claim.epsilon:g}, delta = {claim.delta:g}. The presence or absence of any one {claim.unit}, with "
-        f"all records of\nthat person, changes the probability of anything in this release by a factor of at most "
-        f"e^{claim.epsilon:g}, but for a\nfailure probability of {claim.delta:g}. The number composes everything by "
-        f"which this study read the cohort{sweep}\n(accountant: {claim.accountant}; neighbouring relation: {claim.relation})."
+        f"{promise_line(claim.as_json())}\n\n"
+        "What that means, and what it does not cover: `PRIVACY.md`, one page. The proof: `certificate.dsse.json`."
     )

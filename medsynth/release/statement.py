@@ -10,16 +10,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medsynth import __version__
-from medsynth.config import Study
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import RELATION, UNIT
 from medsynth.release import spending
 from medsynth.release.marks import STATEMENT_TYPE
 
-PREDICATE_TYPE = "urn:medsynth:dp-certificate:1"
+if TYPE_CHECKING:  # whoever verifies needs no pydantic
+    from medsynth.config import Study
+
+PREDICATE_TYPE = "urn:medsynth:dp-certificate:2"
+"""Its number changes with any part of the predicate, with :data:`NOT_COVERED` and with the figures on the pages."""
 _IMPLEMENTATION = (
     "numpy",
     "torch",
@@ -184,6 +187,7 @@ def build(
     ancestry: Sequence[Mapping[str, Any]],
     public: Sequence[str],
     facts: Mapping[str, Any],
+    audited: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the statement that is signed.
 
@@ -197,6 +201,7 @@ def build(
         ancestry: nodes of the walk back to the cohort.
         public: public inputs in words.
         facts: what the manifests of the two last folders are computed from, see ``release/manifests.py``.
+        audited: which audits ran, see ``release/audits.py``; never what they measured on patients.
     """
     return {
         "_type": STATEMENT_TYPE,
@@ -212,6 +217,7 @@ def build(
             "public_inputs": list(public),
             "epsilon_of_this_ledger": claim.epsilon,
             "account": dict(account),
+            "audits": [dict(audit) for audit in audited],
             "build": dict(facts),
             "implementation": implementation(),
         },

@@ -16,8 +16,8 @@ from medsynth.logs import say
 from medsynth.privacy.account import Release
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import card, gate, keys, manifests, payload, signing, spending, statement
-from medsynth.release.ancestry import Ancestry, walk
+from medsynth.release import audits, card, gate, keys, manifests, payload, signing, spending, statement
+from medsynth.release.ancestry import ROOT, Ancestry, walk
 from medsynth.release.marks import (
     ANCESTRY,
     CERTIFICATE,
@@ -48,8 +48,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
     Args:
         config: the study; what is claimed comes from the ledger, not from here.
-        inputs: ``synthetic``, ``ledger``, ``keys``, ``account`` (what else was reserved for these patients; without it
-            the statement calls that unknown), and any ancestor folder that does not lie beside ``synthetic``.
+        inputs: ``synthetic``, ``audit`` (its findings may refuse), ``ledger``, ``keys``, ``account`` (what else was
+            reserved for these patients; without it the statement calls that unknown), and any ancestor folder that does
+            not lie beside ``synthetic``.
         out: the folder to write.
         tracker: receives epsilon by accountant.
 
@@ -64,6 +65,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         ledger.account.adopt(ledger.entries())
     ancestry = walk(folders["synthetic"], inputs)
     reasons = gate.refusals(ancestry, ledger, config.privacy) + _other_sources(config, ancestry)
+    if "audit" in inputs:  # always, but in tests of this stage alone
+        reasons += audits.refusals(inputs["audit"], ancestry[ROOT].digest)
     if reasons and not config.export.uncertified:
         raise CertificationError(gate.explain(reasons))
     # a missing passphrase stops this now, not after everything is rendered
@@ -125,7 +128,9 @@ def _certify(
     nodes = [node.as_json() for node in ancestry.nodes]
     others = ledger.account.others(entries) if ledger.account is not None else None
     account = spending.account(others, entries, claim.delta)
-    _write_words(config, body, count, claim, account["in_words"])
+    audited = audits.summary(audits.read_findings(inputs["audit"])) if "audit" in inputs else []
+    words = {"account": account["in_words"], "audited": audited, "signer": signing.key_id(signing.public_pem(key))}
+    _write_words(config, body, count, claim, **words)
     shutil.copyfile(inputs["ledger"], body / LEDGER)
     payload.write_json(body / ANCESTRY, nodes)
     if endorsed := keys.read_endorsements(inputs["keys"]):
@@ -139,6 +144,7 @@ def _certify(
         account=account,
         ancestry=nodes,
         public=statement.public_inputs(config),
+        audited=audited,
         facts=manifests.build_facts(count, config_digest(config, "certify"), config_digest(config, "export")),
     )
     _sign(out, key, signed)
@@ -181,10 +187,10 @@ def agreeing_accountants(events: list[Event], delta: float) -> dict[str, float]:
     return values
 
 
-def _write_words(config: Study, body: Path, count: int, claim: statement.Claim | None, account: str = "") -> None:
+def _write_words(config: Study, body: Path, count: int, claim: statement.Claim | None, **words: Any) -> None:
     public = statement.public_inputs(config)
     (body / DATASET_CARD).write_text(card.dataset_card(config, count, claim), encoding="utf-8")
-    (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public, account), encoding="utf-8")
+    (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public, **words), encoding="utf-8")
 
 
 def _sign(out: Path, key: signing.SigningKey, signed: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from medsynth import store
 from medsynth.errors import VerificationError
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import keys, signing
+from medsynth.release import card, keys, signing
 from medsynth.release.manifests import release_manifest
 from medsynth.release.verify import Report, verify
 
@@ -34,16 +35,22 @@ def predicate_of(release: Path) -> dict[str, Any]:
     return json.loads(base64.b64decode(envelope["payload"]))
 
 
-def sign_again(release: Path, folder: Path, edit: Callable[[dict[str, Any]], None], refresh: bool = False) -> None:
-    """Edit the statement and sign it with a key of the attacker, who also replaces public.pem."""
+def sign_again(
+    release: Path, folder: Path, edit: Callable[[dict[str, Any]], None] = lambda predicate: None, refresh: bool = False
+) -> None:
+    """Edit the statement and sign it as an attacker who puts his key in the place of the hospital's everywhere.
+
+    Args:
+        refresh: take the digests of all files anew too.
+    """
     statement = predicate_of(release)
     edit(statement["predicate"])
-    if refresh:
-        import hashlib
-
-        for entry in statement["subject"]:
-            entry["digest"]["sha256"] = hashlib.sha256((release / entry["name"]).read_bytes()).hexdigest()
     key = keys.open_key(folder)
+    page, ours = release / "PRIVACY.md", signing.key_id(signing.public_pem(key))
+    page.write_text(re.sub(r"(?m)^Key \(SHA-256\):.*$", card.signer_line(ours), page.read_text()))
+    for entry in statement["subject"]:
+        if refresh or entry["name"] == page.name:
+            entry["digest"]["sha256"] = store.digest_file(release / entry["name"])
     envelope = signing.sign(store.canonical_json(statement), key)
     (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
     (release / "public.pem").write_bytes(signing.public_pem(key))
@@ -231,7 +238,7 @@ def test_false_statement_fails_even_when_signed_anew(
 
 
 def test_swapped_key_fails_when_the_hospitals_key_is_given(release: Path, tmp_path: Path, hospital_key: Path) -> None:
-    sign_again(release, tmp_path / "attacker", lambda predicate: None)
+    sign_again(release, tmp_path / "attacker")
     assert verify(release).ok  # nothing contradicts itself: only a key from elsewhere can tell
     text = failed(release, hospital_key)
     assert "not signed by" in text
@@ -312,12 +319,11 @@ def test_a_copy_of_the_key_may_have_other_line_ends(release: Path, hospital_key:
     assert verify(release, tmp_path / "mailed.pem").ok
 
 
-def test_the_statement_speaks_for_its_own_ledger_only(release: Path) -> None:
-    envelope = json.loads((release / "certificate.dsse.json").read_text())
-    predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
+def test_without_an_account_the_statement_speaks_for_its_own_ledger_only(release: Path) -> None:
+    predicate = predicate_of(release)["predicate"]
     assert predicate["epsilon_of_this_ledger"] == predicate["claim"]["epsilon"]
-    assert predicate["earlier_releases"].startswith("unknown to this ledger")
-    assert "cumulative_epsilon" not in predicate
+    assert predicate["account"]["scope"] == "ledger"
+    assert "unknown to this ledger" in (release / "PRIVACY.md").read_text()
 
 
 def test_all_failures_are_listed_at_once(release: Path) -> None:
