@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from medsynth.errors import CertificationError, StoreError
-from medsynth.store import Manifest, Sensitivity, digest_tree, read_manifest
+from medsynth.store import ORDER, Manifest, Sensitivity, digest_tree, read_manifest
 
 ROOT = "synthetic"
 """The stage folder that released files are rendered from."""
@@ -100,35 +100,74 @@ def parse_nodes(values: Sequence[Mapping[str, Any]]) -> tuple[Node, ...]:
     return tuple(Node(**{**value, "ledger_entries": tuple(value["ledger_entries"])}) for value in values)
 
 
-def broken_edges(nodes: Sequence[Node], entries: Sequence[str]) -> list[str]:
+def broken_edges(nodes: Sequence[Node], entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what is wrong with an ancestry on its own: edges that lead nowhere, patients read outside the ledger.
 
     Args:
         nodes: the ancestry, the root first.
-        entries: ids of the entries of the ledger.
+        entries: the entries of the ledger.
     """
     known = {node.folder: node for node in nodes}
-    problems: list[str] = []
     if len(known) != len(nodes) or not nodes or nodes[0].folder != ROOT:
-        problems.append(f"the ancestry must start at '{ROOT}' and name each folder once")
+        return [f"the ancestry must start at '{ROOT}' and name each folder once"]
+    reached = _above(ROOT, known) | {ROOT}
+    problems = [f"'{name}' is in the ancestry, but nothing was made from it" for name in known if name not in reached]
     for node in nodes:
-        for parent, digest in node.parents.items():
-            if parent not in known:
-                problems.append(f"edge '{node.folder}' -> '{parent}': the parent is not in the ancestry")
-            elif known[parent].digest != digest:
-                problems.append(f"edge '{node.folder}' -> '{parent}': the parent has another digest")
-            elif known[parent].sensitivity == "private" and not node.ledger_entries:
-                problems.append(f"'{node.folder}' read patients ('{parent}') without a mechanism in the ledger")
-        problems += [
-            f"'{node.folder}' names ledger entry {entry}, which the ledger does not hold"
-            for entry in node.ledger_entries
-            if entry not in entries
-        ]
-        if node.sensitivity == "internal":
-            problems.append(f"'{node.folder}' is internal and may not be part of a release")
-        if node.stage not in LINEAGE:
-            problems.append(f"'{node.folder}' was written by stage '{node.stage}', which no release may descend from")
+        problems += _broken_edges_of(node, known)
+        problems += _wrong_kind(node, known)
+        problems += _wrong_entries(node, entries)
     return problems
+
+
+def _broken_edges_of(node: Node, known: Mapping[str, Node]) -> Iterator[str]:
+    for parent, digest in node.parents.items():
+        if parent not in known:
+            yield f"edge '{node.folder}' -> '{parent}': the parent is not in the ancestry"
+        elif known[parent].digest != digest:
+            yield f"edge '{node.folder}' -> '{parent}': the parent has another digest"
+        elif known[parent].sensitivity == "private" and not node.ledger_entries:
+            yield f"'{node.folder}' read patients ('{parent}') without a mechanism in the ledger"
+
+
+def _wrong_kind(node: Node, known: Mapping[str, Node]) -> Iterator[str]:
+    if node.stage not in LINEAGE:
+        yield f"'{node.folder}' was written by stage '{node.stage}', which no release may descend from"
+    if node.sensitivity not in ORDER:
+        yield f"'{node.folder}' is of the unknown sensitivity {node.sensitivity!r}"
+    if node.sensitivity == "internal":
+        yield f"'{node.folder}' is internal and may not be part of a release"
+    if (node.stage == "ingest") != (node.sensitivity == "private"):
+        yield f"'{node.folder}' is {node.sensitivity}, which stage '{node.stage}' never writes"
+    above = [known[name] for name in _above(node.folder, known)]
+    if node.sensitivity == "public" and (node.ledger_entries or any(n.sensitivity == "private" for n in above)):
+        yield f"'{node.folder}' calls itself public, but was made from patients"
+
+
+def _wrong_entries(node: Node, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for identity in node.ledger_entries:
+        entry = next((entry for entry in entries if entry["id"] == identity), None)
+        if entry is None:
+            yield f"'{node.folder}' names ledger entry {identity}, which the ledger does not hold"
+            continue
+        if entry["status"] != "complete" or entry["stage"] != node.stage:
+            yield f"'{node.folder}' names ledger entry {identity}, which is not a finished one of its stage"
+        if entry["config_digest"] != node.config_digest:
+            yield f"'{node.folder}' was made with another configuration than ledger entry {identity} charged"
+        missing = [name for name, digest in entry["parents"].items() if node.parents.get(name) != digest]
+        if missing:
+            yield f"edge '{node.folder}' -> '{missing[0]}': ledger entry {identity} read it, the ancestry says nothing"
+
+
+def _above(folder: str, known: Mapping[str, Node]) -> set[str]:
+    """Return every known folder that ``folder`` was made from, near or far; a cycle ends where it began."""
+    found: set[str] = set()
+    pending = [folder]
+    while pending:
+        node = known.get(pending.pop())
+        new = {name for name in (node.parents if node else ()) if name in known} - found
+        found |= new
+        pending += new
+    return found
 
 
 def _read(name: str, path: Path) -> Manifest:

@@ -309,8 +309,7 @@ def ancestry(release: Release) -> list[str]:
     problems = []
     if json.loads((release.folder / ANCESTRY).read_text(encoding="utf-8")) != signed:
         problems.append(f"{ANCESTRY} is not what the certificate says")
-    entries = [str(entry["id"]) for entry in release.ledger().entries()]
-    return problems + broken_edges(parse_nodes(signed), entries)
+    return problems + broken_edges(parse_nodes(signed), release.ledger().entries())
 
 
 def claim(release: Release) -> list[str]:
