@@ -16,26 +16,8 @@ from medsynth.release import checks, endorsements, recompute, signing
 from medsynth.release.checks import Question, Release
 from medsynth.release.marks import CERTIFICATE, ENDORSEMENTS, PUBLIC_KEY
 
-QUESTIONS: tuple[tuple[str, str, Question], ...] = (
-    ("certified", "it is not marked as uncertified", checks.uncertified),
-    ("signature", "the certificate was signed with the key, and nothing in it changed since", checks.signature),
-    ("statement", "the certificate is of the version that this medsynth knows", checks.statement),
-    ("files", "every file is there and unchanged, and there is no other", checks.files),
-    ("key", "public.pem is the key that signed, and the one that was given", checks.key),
-    ("manifest", "manifest.json lists exactly these files", checks.manifest),
-)
-"""What is asked of a certificate of any version: name, what holds when it is answered well, the question."""
-ABOUT_THE_CLAIM: tuple[tuple[str, str, Question], ...] = (
-    ("origin", "manifest.json follows from the certificate", checks.origin),
-    ("ledger", "the ledger's chain is whole, and the certificate names every spend in it", checks.ledger),
-    ("ancestry", "all that was made from patients went through a spend in the ledger", checks.ancestry),
-    ("claim", "it is a promise for a patient, within the budget, with delta at most 1/(10 N)", checks.claim),
-    ("epsilon", "epsilon, computed again from the ledger, is what is claimed", checks.epsilon),
-    ("account", "the spend of all studies of these patients, computed again, is what is said", checks.account),
-    ("membership", "the bounds on membership attacks follow from the ledger", checks.membership),
-    ("limits", "everything that the promise does not cover is said", checks.limits),
-    ("words", "dataset card and PRIVACY.md say what the certificate says", checks.words),
-)
+Asked = tuple[str, str, Question]
+"""A check's name, what holds when there is no problem, and the question."""
 CANNOT_SHOW: tuple[str, ...] = (
     "that this code really ran on the cohort, or that the ledger names every access: the signer vouches for both",
     "that no patient is registered under two identifiers, and that public inputs hold no patient of the cohort",
@@ -165,11 +147,37 @@ def verify(release: Path, public_key: Path | None = None) -> Report:
     signer = signing.key_id(opened.signer) if opened.signer else None
     known = public_key is not None
     if not (release / CERTIFICATE).is_file():
-        missing = Check("signature", (f"{CERTIFICATE} is missing: nothing vouches for this release",), QUESTIONS[1][1])
-        return Report((_ask(opened, *QUESTIONS[0]), missing), signer_known=known)
-    questions = [*QUESTIONS, *(ABOUT_THE_CLAIM if checks.of_this_version(opened) else ())]
+        certified, (name, holds, _), *_ = _of_any_certificate()
+        missing = Check(name, (f"{CERTIFICATE} is missing: nothing vouches for this release",), holds)
+        return Report((_ask(opened, *certified), missing), signer_known=known)
+    questions = [*_of_any_certificate(), *(_of_this_version() if checks.of_this_version(opened) else ())]
     answers = tuple(_ask(opened, *question) for question in questions)
     return Report(answers, opened.claim, signer, known, opened.chain, recompute.accountants())
+
+
+def _of_any_certificate() -> tuple[Asked, ...]:
+    return (
+        ("certified", "it is not marked as uncertified", checks.uncertified),
+        ("signature", "the certificate was signed with the key, and nothing in it changed since", checks.signature),
+        ("statement", "the certificate is of the version that this medsynth knows", checks.statement),
+        ("files", "every file is there and unchanged, and there is no other", checks.files),
+        ("key", "public.pem is the key that signed, and the one that was given", checks.key),
+        ("manifest", "manifest.json lists exactly these files", checks.manifest),
+    )
+
+
+def _of_this_version() -> tuple[Asked, ...]:
+    return (
+        ("origin", "manifest.json follows from the certificate", checks.origin),
+        ("ledger", "the ledger's chain is whole, and the certificate names every spend in it", checks.ledger),
+        ("ancestry", "all that was made from patients went through a spend in the ledger", checks.ancestry),
+        ("claim", "it is a promise for a patient, within the budget, with delta at most 1/(10 N)", checks.claim),
+        ("epsilon", "epsilon, computed again from the ledger, is what is claimed", checks.epsilon),
+        ("account", "the spend of all studies of these patients, computed again, is what is said", checks.account),
+        ("membership", "the bounds on membership attacks follow from the ledger", checks.membership),
+        ("limits", "everything that the promise does not cover is said", checks.limits),
+        ("words", "dataset card and PRIVACY.md say what the certificate says", checks.words),
+    )
 
 
 def _ask(release: Release, name: str, holds: str, question: Question) -> Check:

@@ -88,7 +88,7 @@ def the_claim_is_per_image(original: Any) -> Any:
     return lambda *given, **more: replace(original(*given, **more), unit="image")
 
 
-@takes_out("release.verify._claim", 1, f"{SIGNED_ANEW}[pitfall_01_unit]", f"{SIGNED_ANEW}[relation]")
+@takes_out("release.checks.claim", 1, f"{SIGNED_ANEW}[pitfall_01_unit]", f"{SIGNED_ANEW}[relation]")
 def verify_takes_any_claim(original: Any) -> Any:
     return lambda *_: []
 
@@ -525,7 +525,7 @@ def a_preview_is_packed(original: Any) -> Any:
     return write_payload
 
 
-@takes_out("release.verify._files", 15, f"{VERIFY}[file_added]", f"{VERIFY}[file_dropped]", f"{VERIFY}[image_byte]")
+@takes_out("release.checks.files", 15, f"{VERIFY}[file_added]", f"{VERIFY}[file_dropped]", f"{VERIFY}[image_byte]")
 def verify_does_not_look_at_files(original: Any) -> Any:
     return lambda *_: []
 
@@ -634,23 +634,28 @@ def the_gate_does_not_compare_with_the_ledger(original: Any) -> Any:
 
 
 @takes_out(
-    "release.verify._ledger", 18, f"{SIGNED_ANEW}[sigma]", f"{SIGNED_ANEW}[head]", f"{VERIFY}[ledger_end_dropped]"
+    "release.checks.ledger", 18, f"{SIGNED_ANEW}[sigma]", f"{SIGNED_ANEW}[head]", f"{VERIFY}[ledger_end_dropped]"
 )
 def verify_does_not_compare_with_the_ledger(original: Any) -> Any:
     return lambda *_: []
 
 
-@takes_out("release.verify._epsilon", 18, f"{SIGNED_ANEW}[epsilon]", f"{SIGNED_ANEW}[membership]")
+@takes_out("release.checks.epsilon", 18, f"{SIGNED_ANEW}[epsilon]", f"{SIGNED_ANEW}[other_delta]")
 def verify_does_not_compute_epsilon(original: Any) -> Any:
     return lambda *_: []
 
 
-@takes_out("release.verify._words", 18, f"{VERIFY}[words_edited]")
+@takes_out("release.checks.membership", 18, f"{SIGNED_ANEW}[membership]")
+def verify_does_not_compute_the_bounds_on_attacks(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.checks.words", 18, f"{VERIFY}[words_edited]")
 def verify_does_not_read_the_words(original: Any) -> Any:
     return lambda *_: []
 
 
-@takes_out("release.verify._origin", 18, f"{VERIFY}[manifest_stage]", f"{VERIFY}[manifest_sensitivity]")
+@takes_out("release.checks.origin", 18, f"{VERIFY}[manifest_stage]", f"{VERIFY}[manifest_sensitivity]")
 def verify_takes_any_manifest(original: Any) -> Any:
     return lambda *_: []
 
@@ -666,7 +671,7 @@ def any_signature_is_good(original: Any) -> Any:
     return lambda *_: None
 
 
-@takes_out("release.verify._uncertified", 18, f"{VERIFY}[uncertified]")
+@takes_out("release.checks.uncertified", 18, f"{VERIFY}[uncertified]")
 def verify_overlooks_the_mark(original: Any) -> Any:
     return lambda *_: []
 
