@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,10 @@ from medsynth import config as configuration
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.errors import StoreError
-from medsynth.imaging.deidentify import key_id, read_references
-from medsynth.privacy.account import open_account
-from medsynth.release import keys
-from medsynth.site import accounts, signing_keys, site_key
-from medsynth.stages.inputs import config_digest, open_ledger
+from medsynth.privacy.audit.finding import Finding
+from medsynth.release import audits, keys
+from medsynth.site import signing_keys
+from medsynth.stages.inputs import account_of, config_digest, open_ledger
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker, open_tracker
 
@@ -43,6 +43,8 @@ STAGES = (
     Stage("certify", "certificate", ("cohort", "autoencoder", "masks", "generator", "synthetic", "audit")),
     Stage("export", "release", ("synthetic", "certificate")),
 )
+STUDY = "study.yaml"
+"""The study that a run was last started with, all defaults filled in; internal."""
 BY_VERB = {stage.verb: stage for stage in STAGES}
 CHARGING = ("masks", "train", "certify")
 """Stages that reserve in the account of the cohort, or state what it holds."""
@@ -64,6 +66,7 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
     if study.privacy.private and not store.is_done(run / "certificate"):
         # nobody may be there when certify asks for a passphrase, hours from now
         keys.open_key(signing_keys(), ask=False)
+    _keep_study(study, run)
     with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
         tracker.params(configuration.flatten(study))
         for stage in STAGES:
@@ -74,8 +77,40 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
 def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace: bool = False) -> None:
     """Run one stage into ``run`` (see :func:`run_study`)."""
     _open_run(run)
+    _keep_study(study, run)
     with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
         run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
+
+
+def audit_again(run: Path) -> list[Finding]:
+    """Audit a finished run with the study that is stored in it; only a repetition that refuses the release is kept.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        What was found this time.
+
+    Raises:
+        StoreError: the folder holds no study, or the run has not come as far as its audit.
+    """
+    study = configuration.load(_stored_study(run))
+    stage, out = BY_VERB["audit"], run / BY_VERB["audit"].folder
+    if not store.is_done(out):
+        run_verb(study, stage.verb, None, run)
+        return audits.read_findings(out)
+    if _changes(study, stage, store.read_manifest(out), run):
+        raise StoreError("'audit' was made from other settings or inputs: finish the run first (medsynth run)")
+    with tempfile.TemporaryDirectory(dir=run, prefix=".audit-") as scratch:
+        again = Path(scratch) / stage.folder
+        module = importlib.import_module(f"medsynth.stages.{stage.verb}")
+        inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl"}
+        module.run(study, inputs, again, Tracker())
+        findings = audits.read_findings(again)
+        if audits.refusals(again, store.read_manifest(run / "synthetic").digest):
+            with store.set_aside(out):
+                again.rename(out)
+    return findings
 
 
 def run_stage(
@@ -109,7 +144,7 @@ def run_stage(
     if source is not None:
         inputs["source"] = source
     if stage.verb in CHARGING and store.is_done(run / "cohort"):
-        inputs["account"] = _account(run)
+        inputs["account"] = account_of(run).folder
     logs.say(f"{stage.verb}: started")
     started = time.monotonic()
     module = importlib.import_module(f"medsynth.stages.{stage.verb}")
@@ -134,24 +169,11 @@ def _changes(study: Study, stage: Stage, manifest: Manifest, run: Path) -> Seque
     return changed
 
 
-def _account(run: Path) -> Path:
-    """Return the folder of the account that the run's patients have at this site."""
-    cohort = run / "cohort"
-    references = read_references(cohort)
-    return open_account(
-        accounts(),
-        references.names,
-        ledger=run / "ledger.jsonl",
-        cohort=store.read_manifest(cohort).digest,
-        same_key=references.key_id == key_id(site_key()),
-    ).folder
-
-
 def _spent_since(manifest: Manifest, run: Path) -> bool:
     """Whether this or another study of the same patients reserved more since a certificate was signed."""
     if not manifest.details.get("certified"):
         return False
-    ledger = open_ledger({"ledger": run / "ledger.jsonl", "account": _account(run)})
+    ledger = open_ledger({"ledger": run / "ledger.jsonl", "account": account_of(run).folder})
     others = ledger.account.others(ledger.entries()).state if ledger.account is not None else ""
     return (ledger.head, others) != (manifest.details["ledger"], manifest.details["account"])
 
@@ -165,6 +187,20 @@ def _headline(run: Path) -> dict[str, float]:
     values = {f"dice/{name}": found["mean"] for name, found in report["dice"].items()}
     values |= {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
     return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+def _stored_study(run: Path) -> Path:
+    path = run / STUDY
+    if not path.is_file():
+        raise StoreError(f"the run folder holds no {STUDY}: run a stage of its study first")
+    return path
+
+
+def _keep_study(study: Study, run: Path) -> None:
+    """Store the study in the run, so that its audits can be run again without the configuration at hand."""
+    scratch = run / f".{STUDY}.partial"
+    scratch.write_text(configuration.dump(study), encoding="utf-8")
+    scratch.replace(run / STUDY)
 
 
 def _open_run(run: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medsynth import store
 from medsynth.config import Study
+from medsynth.privacy.audit.finding import Finding
 
 
 def summary(study: Study, run: Path) -> str:
@@ -29,6 +30,25 @@ def summary(study: Study, run: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print what the audits found as a table, then the sentence that says what each can and cannot show."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("audit", "of", "measured", "interval", "allowed", "controls", "verdict", title="internal")
+    for one in findings:
+        missed = [control.name for control in one.controls if not control.caught]
+        caught = f"{len(one.controls)} caught" if not missed else f"MISSED: {', '.join(missed)}"
+        colour = {"pass": "green", "cannot say": "yellow"}.get(one.verdict, "bold red")
+        interval = f"{one.low:.3g} to {one.high:.3g}"
+        row = (one.audit, one.subject, f"{one.value:.3g}", interval, f"{one.allowed:.3g}", caught)
+        table.add_row(*row, f"[{colour}]{one.verdict}[/]")
+    console = Console()
+    console.print(table)
+    for sentence in dict.fromkeys(f"{one.audit}: {one.shows}" for one in findings):
+        console.print(sentence, highlight=False)
 
 
 def _quarantined(reasons: Mapping[str, int]) -> str:

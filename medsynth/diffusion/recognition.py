@@ -24,16 +24,18 @@ def familiarity(model: Denoiser, latents: Tensor, masks: Tensor, seed: int) -> f
         masks: ``(record, mask, *small)``.
         seed: of the noise.
     """
-    preconditioning = model.preconditioning
-    shape = (1, *latents.shape[1:])
-    ratios = []
-    for number, level in enumerate(level for level in _LEVELS for _ in range(_DRAWS)):
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed + number)).to(latents.device)
-        steps = torch.full((len(latents),), int(level * len(preconditioning.signal)), device=latents.device)
-        signal = preconditioning.signal[steps].view(-1, *(1,) * (latents.ndim - 1))
-        sigma = (1 - signal.square()).sqrt()
-        noisy, target = signal * latents + sigma * noise, signal * noise - sigma * latents
+    preconditioning, device = model.preconditioning, latents.device
+    ones = (1,) * (latents.ndim - 1)
+    levels = [int(level * len(preconditioning.signal)) for level in _LEVELS for _ in range(_DRAWS)]
+    streams = [torch.Generator().manual_seed(seed + number) for number in range(len(levels))]
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=stream) for stream in streams]).to(device)
+    steps = torch.tensor(levels, device=device)
+    signal = preconditioning.signal[steps].view(-1, *ones)
+    sigma = (1 - signal.square()).sqrt()
+    errors = torch.zeros(2, len(levels), device=device)
+    for latent, mask in zip(latents, masks, strict=True):
+        noisy, target = signal * latent + sigma * noise, signal * noise - sigma * latent
         scale, (_, skip, _) = preconditioning.error_scale(steps), preconditioning(steps)
-        errors = [((guess - target) * scale).square().mean() for guess in (model(noisy, steps, masks), skip * noisy)]
-        ratios.append(torch.log(errors[0] / errors[1]))
-    return -float(torch.stack(ratios).mean())
+        for row, guess in enumerate((model(noisy, steps, mask.expand(len(levels), *mask.shape)), skip * noisy)):
+            errors[row] += ((guess - target) * scale).square().flatten(1).mean(1)
+    return -float(torch.log(errors[0] / errors[1]).mean())

@@ -94,10 +94,9 @@ def _canaries(config: Study, ran: Executed) -> Iterator[Finding]:
         if ran.training:
             yield step.audit_sgd(ran.training, entropy, repeats=settings.repeats)
     if settings.one_run and ran.training:
-        delta = config.privacy.delta
-        count = one_run.enough_canaries(ran.training, delta, settings.canaries)
+        count = one_run.enough_canaries(ran.training, settings.canaries)
         logs.say("audit: canaries through the whole training", canaries=count)
-        yield one_run.audit_training(ran.training, entropy, canaries=count, delta=delta)
+        yield one_run.audit_training(ran.training, entropy, canaries=count)
 
 
 def _replays(job: train.Job, ran: Executed, built: Generator, patients: list[Patient]) -> Iterator[Finding]:

@@ -72,7 +72,7 @@ def audit_generator(
     count, seed = config.audit.patients, derive_seed(config.seed, "audit", "generator")
     chosen = Sides(sides.members[:count], sides.strangers[:count])
     scores = familiar(built, chosen, seed, device)
-    control = attack(*overfitted_scores(config.grid.spatial_dims, seed), config.audit.bootstrap, _random(config, "c"))
+    control = attack(*overfitted_scores(seed), config.audit.bootstrap, _random(config, "c"))
     return _membership(config, "generator", scores, control, bound, "overfitted on phantoms", _GENERATOR), scores
 
 
@@ -112,11 +112,11 @@ def familiar(built: Generator, sides: Sides, seed: int, device: torch.device) ->
     return scores[: len(sides.members)], scores[len(sides.members) :]
 
 
-def overfitted_scores(spatial_dims: int, seed: int) -> Scores:
-    """Return the scores of a small denoiser that was overfitted on a few phantoms, and of fresh phantoms."""
-    space = _control_grid(spatial_dims)
+def overfitted_scores(seed: int) -> Scores:
+    """Return the scores of a small 2D denoiser that was overfitted on a few phantoms, and of fresh phantoms."""
+    space = _control_grid(2)
     images, labels = map(torch.from_numpy, phantom_pairs(space, 2 * _CONTROL_MEMBERS, seed))
-    settings = Train(channels=(16, 32), norm_groups=8, head_channels=16, ema_decay=0.9, mask_dropout=0.0)
+    settings = Train(channels=(32, 32), norm_groups=8, head_channels=16, ema_decay=0.9, mask_dropout=0.0)
     codec = build_codec(space, Encode(codec="wavelet", levels=1))
     codec.calibrate(images)
     built = build_generator(space, settings, codec)

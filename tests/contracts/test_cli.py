@@ -19,12 +19,14 @@ VERBS = {
     "train",
     "synthesise",
     "segment",
+    "audit",
     "evaluate",
     "certify",
     "export",
     "verify",
     "quarantine",
     "keys",
+    "budget",
     "config",
 }
 HEAVY = ("torch", "monai", "diffusers", "opacus", "mlflow", "highdicom", "matplotlib", "scipy", "pandas")

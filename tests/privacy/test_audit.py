@@ -105,8 +105,8 @@ def test_the_bound_of_one_run_is_below_the_truth_of_randomised_response() -> Non
 
 
 def test_a_training_passes_and_a_tenth_of_its_noise_is_caught() -> None:
-    for plan in (replace(SGD, noise_multiplier=2.0), replace(SGD, steps=5, sampling_rate=1.0, noise_multiplier=4.0)):
-        found = audit_training(plan, open_entropy("test_only"), canaries=400, delta=1e-4)
+    for plan in (replace(SGD, noise_multiplier=3.0), replace(SGD, steps=5, sampling_rate=1.0, noise_multiplier=4.0)):
+        found = audit_training(plan, open_entropy("test_only"), canaries=1000)
         assert found.verdict == "pass" and found.controls[0].caught and found.value < found.allowed
 
 
@@ -118,14 +118,14 @@ def test_a_training_with_less_noise_than_claimed_is_red(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(DpSgd, "noisy_mean", quiet)
     plan = replace(SGD, sampling_rate=1.0, steps=4, noise_multiplier=3.0)
-    found = audit_training(plan, open_entropy("test_only"), canaries=400, delta=1e-4)
+    found = audit_training(plan, open_entropy("test_only"), canaries=1000)
     assert found.verdict == "fail" and refusals([found])
 
 
 def test_a_claim_above_the_ceiling_is_no_pass() -> None:
-    found = audit_training(replace(SGD, noise_multiplier=0.4), open_entropy("test_only"), canaries=20, delta=1e-4)
+    found = audit_training(replace(SGD, noise_multiplier=0.4), open_entropy("test_only"), canaries=20)
     assert found.verdict == "cannot say"
-    assert enough_canaries(SGD, 1e-4, 500) >= 200
+    assert enough_canaries(SGD, 500) == 500 and enough_canaries(replace(SGD, noise_multiplier=50.0), 500) == 200
 
 
 def test_canaries_are_clipped() -> None:
