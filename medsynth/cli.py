@@ -81,6 +81,23 @@ for _verb, _what in (
 
 
 @app.command()
+def audit(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]) -> None:
+    """Audit a run's mechanisms and results (again), each beside a positive control; internal.
+
+    Example: medsynth audit RUN
+    """
+    from medsynth.errors import CertificationError
+    from medsynth.privacy.audit.finding import refusals
+    from medsynth.study import audit_again
+    from medsynth.summary import print_findings
+
+    findings = audit_again(run_folder)
+    print_findings(findings)
+    if reasons := refusals(findings):
+        raise CertificationError("the release of this run may not go out:\n" + "\n".join(f"  - {r}" for r in reasons))
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Option("--out", help="a new folder")],
     patients: Annotated[
