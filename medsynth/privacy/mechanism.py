@@ -7,7 +7,7 @@ from the same object. Patients are only ever arguments; nothing of them is kept,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +20,8 @@ from medsynth.privacy.entropy import Entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_BLOCK = 2**14  # values that get their noise at a time
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,37 @@ class DpSgd:
             entropy: source of the noise.
         """
         scale = self.noise_multiplier * self.clip_norm
-        noisy = []
-        for part in clipped_sum:
-            total = part.detach().double()
-            if scale:
-                total = total + total.new_tensor(entropy.normal(tuple(part.shape)) * scale)
-            noisy.append((total / self.denominator).float())
+        noisy: list[Tensor] = []
+        for group in _groups(clipped_sum):
+            noisy += self._noisy_group(group, scale, entropy)
         return noisy
+
+    def _noisy_group(self, group: list[Tensor], scale: float, entropy: Entropy) -> list[Tensor]:
+        """Return the noisy means of a few tensors, a cacheful at a time."""
+        import torch
+
+        whole = group[0].detach().reshape(-1) if len(group) == 1 else torch.cat([p.detach().reshape(-1) for p in group])
+        result = torch.empty_like(whole, dtype=torch.float32)
+        for part, out in zip(whole.split(_BLOCK), result.split(_BLOCK), strict=True):
+            mean = part.double() / self.denominator
+            if scale:
+                noise = torch.from_numpy(entropy.normal(part.numel())).to(part.device)
+                mean.add_(noise, alpha=scale / self.denominator)
+            out.copy_(mean)
+        pieces = result.split([part.numel() for part in group])
+        return [piece.view(part.shape) for piece, part in zip(pieces, group, strict=True)]
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in order, small ones together."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        if group and (tensor.device != group[0].device or sum(p.numel() for p in group) + tensor.numel() > _BLOCK):
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
 
 
 def clip_vector(vector: NDArray[np.float64], clip_norm: float) -> NDArray[np.float64]:

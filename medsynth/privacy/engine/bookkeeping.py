@@ -132,11 +132,11 @@ class _Books:
         """Book one call of a layer: small gradients as they are, larger ones by the cheapest rule."""
         module = call.layer.module
         for name, sample in found.small.items():
-            parameter = module.get_parameter(name)
+            parameter = getattr(module, name)
             before = self._samples.get(parameter)
             self._samples[parameter] = sample if before is None else before + sample
         for name, part in found.parts.items():
-            parameter = module.get_parameter(name)
+            parameter = getattr(module, name)
             if call.forwards > 1:
                 # The norm of a sum has cross terms: wait for the other calls.
                 self._repeated.setdefault(parameter, []).append(part)
@@ -153,9 +153,9 @@ class _Books:
         rule, taken = self._chooser.choose(part, self._left)
         self._left -= taken
         if rule.kind == "keep":
-            rows = part.samples(0, part.units, rule.method).flatten(1)
-            self._squares.append(squared_lengths(rows))
-            self._kept.append((parameter, rows))
+            samples = part.samples(0, part.units, rule.method)
+            self._squares.append(squared_lengths(samples))
+            self._kept.append((parameter, samples.flatten(1)))
             return
         self._squares.append(
             part.squares(rule.method) if rule.kind == "gram" else discarded_squares([part], rule.method)
@@ -169,7 +169,7 @@ class _Books:
             self._held += [(parameter, part) for part in parts]
         if self._samples:
             together = torch.cat([sample.flatten(1) for sample in self._samples.values()], 1)
-            self._squares.append(squared_lengths(together))
+            self._squares.append(squared_lengths(together.unsqueeze(1)))
             self._together: Tensor = together
         if not self._squares:
             return torch.zeros(self._units, dtype=torch.float64)

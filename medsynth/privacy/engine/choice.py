@@ -89,13 +89,14 @@ def discarded_squares(parts: list[Part], method: str | None = None) -> Tensor:
         total = parts[0].samples(first, last, method or parts[0].methods()[0])
         for part in parts[1:]:
             total = total + part.samples(first, last, method or part.methods()[0])
-        found.append(squared_lengths(total.flatten(1)))
+        found.append(squared_lengths(total))
     return torch.cat(found)
 
 
-def squared_lengths(rows: Tensor) -> Tensor:
-    """Return the squared length of each row of (units, n), by a blocked product, so that rounding stays small."""
-    return torch.bmm(rows.unsqueeze(1), rows.unsqueeze(2)).flatten()
+def squared_lengths(samples: Tensor) -> Tensor:
+    """Return the squared length of each unit's gradient, (units, ...): float32 in short runs, added in float64."""
+    runs = samples.reshape(samples.shape[0], samples.shape[1], -1)
+    return torch.linalg.vector_norm(runs, dim=2).double().square_().sum(1)
 
 
 def _discard(part: Part, method: str) -> Tensor:
@@ -104,9 +105,9 @@ def _discard(part: Part, method: str) -> Tensor:
 
 def _keep(part: Part, method: str, factors: Tensor) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        rows = part.samples(0, part.units, method).flatten(1)
-        squared_lengths(rows)
-        return factors.to(rows.dtype) @ rows
+        samples = part.samples(0, part.units, method)
+        squared_lengths(samples)
+        return factors @ samples.flatten(1)
 
     return run
 
