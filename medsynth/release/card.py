@@ -40,6 +40,11 @@ def promise_line(claim: Mapping[str, Any]) -> str:
     )
 
 
+def pairs_line(pairs: int) -> str:
+    """Return the line in which the card says how many pairs there are."""
+    return f"{pairs} pairs of a synthetic image and its segmentation"
+
+
 def signer_line(identity: str) -> str:
     """Return the line in which the page names the key that signed."""
     return f"Key (SHA-256): `{fingerprint(identity)}`"
@@ -47,7 +52,7 @@ def signer_line(identity: str) -> str:
 
 def facts_of_the_card(predicate: Mapping[str, Any]) -> list[str]:
     """Return the lines that ``DATASET_CARD.md`` must hold, because the certificate says so."""
-    return [promise_line(predicate["claim"])]
+    return [promise_line(predicate["claim"]), pairs_line(predicate["build"]["pairs"])]
 
 
 def facts_of_the_page(predicate: Mapping[str, Any]) -> list[str]:
@@ -118,7 +123,8 @@ def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
     sampled = f"{_HOW}{_HOW_CERTIFIED}" if claim else _HOW
     return f"""# {export.dataset_name}: a synthetic dataset
 
-{pairs} pairs of a synthetic image and its segmentation ({grid.modality}, {grid.spatial_dims}D, {spacing}).
+{pairs_line(pairs)}
+({grid.modality}, {grid.spatial_dims}D, {spacing}).
 {shown}{about}
 
 ## Privacy
@@ -186,10 +192,11 @@ Every figure on this page is in the signed certificate too; `medsynth verify` co
 ## The promise
 {promise_line(said)}
 
-No image or segmentation in this release shows a patient: all were drawn from models that learnt from the cohort through
-random noise. Whatever one sees in the release, it is at most {_factor(claim.epsilon)} as likely with one patient's
-records as without them, but for a failure probability of {claim.delta:g}. All records of a person count together, and
-so does everything by which this study read the cohort{_sweep(claim)}.
+No image or segmentation in this release was taken from a patient: all were drawn from models that learnt from the
+cohort through random noise. Whatever one sees in the release, it is at most
+{_factor(claim.epsilon)} as likely with one patient's records as without them,
+and the other way round, but for a failure probability of {claim.delta:g}.
+All records of a person count together, and so does everything by which this study read the cohort{_sweep(claim)}.
 {_size_line(said)}
 
 ## What an attacker can find out about one person

@@ -33,7 +33,7 @@ _MECHANISM_FIELDS = (
     "outputs",
 )
 # one claim is true at every delta at once; the best of these bounds an attack far better than the claimed delta alone
-_CURVE = (1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CURVE = (1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def round_up(value: float, decimals: int = _DECIMALS) -> float:
@@ -92,7 +92,7 @@ def membership(spent: Sequence[Event], delta: float) -> tuple[tuple[float, float
         spent: every event of the ledger.
         delta: failure probability of the claim.
     """
-    curve = [(cost_at(spent, value), value) for value in (delta, *_CURVE)]
+    curve = [(cost_at(spent, value), value) for value in (delta, *CURVE)]
     return tuple(
         (rate, min(1.0, round_up(min(membership_bound(epsilon, value, rate) for epsilon, value in curve))))
         for rate in FALSE_POSITIVE_RATES

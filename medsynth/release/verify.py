@@ -124,7 +124,7 @@ class Report:
         return [
             f"VERIFIED: ({claim['epsilon']:g}, {claim['delta']:g})-differential privacy, unit {claim['unit']}, "
             f"relation {claim['relation']}, accountant {claim['accountant']}",
-            f"epsilon computed again by: {' and '.join(self.accountants)}",
+            f"epsilon was computed again by: {' and '.join(self.accountants)}",
         ]
 
 
