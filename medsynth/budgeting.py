@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 COMPARED = (1.0, 3.0, 8.0)
 """Budgets that a plan is shown for beside its own."""
+_OPEN = "open"
+_COLUMNS = 110
 _SHORT = 8  # characters of an identifier that are shown; more are accepted
 
 
@@ -165,8 +167,9 @@ def _parameters(study: Study, found: BudgetPlan, asked: Asked) -> str:
     privacy, count = study.privacy, asked.parameters or trainable_parameters(study)
     whose = "asked for" if asked.parameters else f"train.trainable: {study.train.trainable}"
     most = balance(found.mu, privacy.declared_patients)
+    trial = " of one trial" if privacy.trials > 1 else ""
     lines = [
-        f"mu {found.mu:.3f} of the whole budget{' of one trial' if privacy.trials > 1 else ''}: noise equals a perfectly aligned signal at "
+        f"mu {found.mu:.3f} of the whole budget{trial}: noise equals a perfectly aligned signal at "
         f"d* = (mu N)^2 = {most:,.0f} trainable parameters, plan for d*/{ADVISED} = {most / ADVISED:,.0f}",
         f"trainable parameters: {count:,} ({whose}): {_verdict(count, most)}",
     ]
@@ -211,6 +214,8 @@ def _print_account(console: Console, account: Account, own: str) -> None:
     finished = [line for line in reserved if line["entry"] in done]
     spent, all_of_it = epsilon(counted_events(finished), delta), epsilon(counted_events(reserved), delta)
     console.print(f"  together: epsilon {all_of_it:.3f} at delta {delta:g}; finished {spent:.3f}, the rest is reserved")
+    if taints_of(reserved):
+        console.print(f"  {_OPEN}: read patients without a mechanism, or with repeatable noise; no number covers that")
     _print_limits(console, lines, reserved)
     if any(line["type"] == "recover" for line in lines):
         console.print("  restored from the ledgers of runs: a study whose run was not opened since is missing")
@@ -234,7 +239,7 @@ def _study_row(study: str, lines: Sequence[Record], delta: float, own: bool) -> 
         study[:_SHORT] + (" (this run)" if own else ""),
         str(mine[0]["at"])[:16].replace("T", " "),
         ", ".join(dict.fromkeys(line["stage"] for line in mine)),
-        "none promised" if taints_of(mine) else cost,
+        _OPEN if taints_of(mine) else cost,
         ", ".join(line["stage"] for line in mine if line["entry"] not in done) or "-",
         str(max(trials_of(line) for line in mine)),
         f"epsilon {released[-1]['epsilon']:g}" if released else "no",
@@ -268,4 +273,6 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _COLUMNS)  # a batch job has no terminal, and tables should not be cut there
+    return console
