@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,8 @@ def centred(images: Tensor, labels: Tensor) -> Tensor:
     for image, label in zip(images, labels, strict=True):
         points = label.nonzero().float()
         middle = points.mean(dim=0) if len(points) else torch.tensor(label.shape) / 2
-        shifts = [round(size / 2 - float(at)) for size, at in zip(label.shape, middle, strict=True)]
+        # Not round(), which takes halves to the even side: equal shapes would end up a voxel apart.
+        shifts = [math.floor(size / 2 - float(at) + 0.5) for size, at in zip(label.shape, middle, strict=True)]
         rolled.append(torch.roll(image, shifts, tuple(range(1, image.ndim))))
     return torch.stack(rolled)
 

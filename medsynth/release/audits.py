@@ -13,6 +13,7 @@ from medsynth.privacy.audit.finding import refusals as refusals_of
 from medsynth.store import read_manifest
 
 FINDINGS = "findings.json"
+ROC = "roc.png"
 
 
 def read_findings(folder: Path) -> list[Finding]:

@@ -23,7 +23,7 @@ from medsynth.metrics import figures
 from medsynth.privacy.audit.finding import Finding
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import generator
-from medsynth.release.audits import FINDINGS
+from medsynth.release.audits import FINDINGS, ROC
 from medsynth.stages.audit_mechanisms import audit_mechanisms
 from medsynth.stages.audit_results import Scores, Sides, allowed_area, audit_generator, audit_pairs
 from medsynth.stages.inputs import config_digest, stage_inputs
@@ -31,7 +31,6 @@ from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
 _READ = ("cohort", "autoencoder", "masks", "generator", "synthetic")
-ROC = "roc.png"
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from medsynth.models.segmenter import load_segmenter, predict
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import derive_seed, generator
 from medsynth.release import spending
+from medsynth.release.audits import ROC, read_findings
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.report_page import write_page
 from medsynth.store import Manifest
@@ -56,19 +58,25 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
     Args:
         config: uses ``grid``, ``privacy.delta``, ``segment``, ``evaluate``, ``compute.device`` and ``seed``.
-        inputs: the finished folders ``cohort``, ``autoencoder``, ``synthetic`` and ``segmenter``, and ``ledger``.
+        inputs: the finished folders ``cohort``, ``autoencoder``, ``synthetic``, ``segmenter`` and ``audit``, and
+            ``ledger``.
         out: folder to write.
         tracker: gets the numbers, and those figures that show no real patient.
 
     Raises:
         InputError: the cohort has no test patient.
     """
-    folders = stage_inputs(inputs, *_READ)
+    # Tests of this stage alone may leave the audit out; a run never does.
+    folders = stage_inputs(inputs, *_READ, *(["audit"] if "audit" in inputs else []))
     ledger = stage_inputs(inputs, "ledger")["ledger"]
     with store.create(out, "evaluate", config_digest(config, "evaluate"), folders) as folder:
         data = _load(config, folders)
         report, series = _measure(config, data, folders, ledger)
         _draw(config, data, report, series, folder.path)
+        if "audit" in folders:
+            report["audits"] = [finding.to_json() for finding in read_findings(folders["audit"])]
+            if (folders["audit"] / ROC).is_file():
+                shutil.copyfile(folders["audit"] / ROC, folder.path / ROC)
         text = json.dumps(_plain(report), indent=1, allow_nan=False)
         (folder.path / "report.json").write_text(text + "\n", encoding="utf-8")
         write_page(_plain(report), folder.path)

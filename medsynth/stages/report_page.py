@@ -22,6 +22,11 @@ _FIGURES = (
     ),
     ("memorisation.png", "Nearest training image", "Synthetic images should be no nearer than other patients are."),
     ("volumes.png", "Label sizes", "Every synthetic label map against every real one of the train patients."),
+    (
+        "roc.png",
+        "Membership attack on the generator",
+        "How many training patients an attacker recognises at how many false alarms; on the diagonal he only guesses.",
+    ),
     ("losses.png", "Training of the segmentation models", "Smoothed loss; a flat line is a failed training."),
 )
 _PAGE = Template("""<!doctype html>
@@ -41,6 +46,7 @@ ul{padding-left:20px}li{margin:7px 0}
 table{border-collapse:collapse;background:#fff;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:8px 12px;border-bottom:1px solid #e6e9ee}th{font-size:13px;color:#5a6372}
 td small{color:#5a6372;display:block;white-space:nowrap}td{vertical-align:top}
+.audits td small{white-space:normal}.pass{color:#2a7d4f}.unsure{color:#9a6b00}.fail{color:#9b2226;font-weight:700}
 figure{background:#fff;border:1px solid #dde1e7;border-radius:8px;margin:0;padding:14px}
 figure img{max-width:100%;display:block;margin:0 auto}figcaption{color:#5a6372;font-size:14px;margin-top:8px}
 </style></head><body><main>
@@ -49,6 +55,7 @@ figure img{max-width:100%;display:block;margin:0 auto}figcaption{color:#5a6372;f
 <div class="cards">$cards</div>
 <h2>How to read it</h2><ul>$reading</ul>
 <h2>Dice by training set</h2><div class="scroll">$dice</div>
+$audits
 $figures
 <h2>Other measurements</h2><div class="scroll">$others</div>
 </main></body></html>
@@ -70,6 +77,7 @@ def write_page(report: Mapping[str, Any], folder: Path) -> None:
         cards="".join(_cards(report)),
         reading="".join(f"<li>{escape(line)}</li>" for line in reading(report)),
         dice=_dice_table(report),
+        audits=_audits(report.get("audits", [])),
         figures="".join(_figure(folder / name, title, text) for name, title, text in _FIGURES),
         others=_others(report),
     )
@@ -205,6 +213,42 @@ def _others(report: Mapping[str, Any]) -> str:
             [f"Median size of {escape(name)}", f"{synthetic['median']:.0f}", f"{real['median']:.0f} in real patients"]
         )
     return _table(["measurement", "synthetic", "yardstick"], rows)
+
+
+def _audits(findings: list[Mapping[str, Any]]) -> str:
+    if not findings:
+        return ""
+    rows = [_audit_row(finding) for finding in findings]
+    head = ["audit", "measured", "interval", "allowed", "positive control", "verdict"]
+    sentences = dict.fromkeys((str(finding["audit"]), str(finding["shows"])) for finding in findings)
+    items = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in sentences)
+    return (
+        "<h2>Audits</h2><p>They try to make the claim false; none of them can prove it. Each ran beside a positive "
+        "control, broken or leaky on purpose, that had to turn red.</p>"
+        f'<div class="scroll audits">{_table(head, rows)}</div>'
+        f"<ul>{items}</ul>"
+    )
+
+
+def _audit_row(finding: Mapping[str, Any]) -> list[str]:
+    value, low, high, allowed = (_figures(finding[key]) for key in ("value", "low", "high", "allowed"))
+    measured = f"{value}<small>{escape(str(finding['measures']))}</small>"
+    if finding["detail"]:
+        measured += f"<small>{escape(str(finding['detail']))}</small>"
+    interval = f"at least {low}" if finding["high"] == "inf" else ("exact" if low == high else f"{low} to {high}")
+    controls = "".join(
+        f"{'caught' if control['caught'] else '<b>MISSED</b>'}: {escape(str(control['name']))} "
+        f"<small>{_figures(control['value'])}</small>"
+        for control in finding["controls"]
+    )
+    verdict = str(finding["verdict"])
+    colour = {"pass": "pass", "cannot say": "unsure"}.get(verdict, "fail")
+    name = f"{escape(str(finding['audit']))}<small>{escape(str(finding['subject']))}</small>"
+    return [name, measured, interval, allowed, controls, f'<span class="{colour}">{escape(verdict)}</span>']
+
+
+def _figures(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
