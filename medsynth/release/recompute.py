@@ -12,7 +12,7 @@ from medsynth.privacy import accounting, pld
 from medsynth.privacy.accounting import Event, membership_bound
 from medsynth.release import spending
 
-OWN, GOOGLE = "own accountant", "dp-accounting"
+OWN, GOOGLE = "medsynth's own accountant", "dp-accounting"
 TOLERANCE = 1e-6
 """Claims are rounded up; this much only covers floating-point differences between machines."""
 OWN_GRID = 1e-3

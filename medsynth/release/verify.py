@@ -54,6 +54,7 @@ class Report:
     Attributes:
         checks: every check in the order it ran.
         claim: what the certificate claims; trust it only when :attr:`ok`.
+        account: in words, what all studies of the same patients cost together; trust it only when :attr:`ok`.
         signer: SHA-256 of the public key that the signature was checked with.
         signer_known: whether that key came from the caller (or is endorsed by one that did), not from the release.
         chain: ids of the keys from the one given to the signer, where they differ.
@@ -62,6 +63,7 @@ class Report:
 
     checks: tuple[Check, ...]
     claim: Mapping[str, Any] = field(default_factory=dict)
+    account: str = ""
     signer: str | None = None
     signer_known: bool = False
     chain: tuple[str, ...] = ()
@@ -101,6 +103,7 @@ class Report:
             "verified": self.ok,
             "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
             "claim": dict(self.claim),
+            "account": self.account,
             "signer": self.signer,
             "signer_known": self.signer_known,
             "chain": list(self.chain),
@@ -124,6 +127,7 @@ class Report:
         return [
             f"VERIFIED: ({claim['epsilon']:g}, {claim['delta']:g})-differential privacy, unit {claim['unit']}, "
             f"relation {claim['relation']}, accountant {claim['accountant']}",
+            self.account,
             f"epsilon was computed again by: {' and '.join(self.accountants)}",
         ]
 
@@ -152,7 +156,7 @@ def verify(release: Path, public_key: Path | None = None) -> Report:
         return Report((_ask(opened, *certified), missing), signer_known=known)
     questions = [*_of_any_certificate(), *(_of_this_version() if checks.of_this_version(opened) else ())]
     answers = tuple(_ask(opened, *question) for question in questions)
-    return Report(answers, opened.claim, signer, known, opened.chain, recompute.accountants())
+    return Report(answers, opened.claim, _account(opened), signer, known, opened.chain, recompute.accountants())
 
 
 def _of_any_certificate() -> tuple[Asked, ...]:
@@ -178,6 +182,10 @@ def _of_this_version() -> tuple[Asked, ...]:
         ("limits", "everything that the promise does not cover is said", checks.limits),
         ("words", "dataset card and PRIVACY.md say what the certificate says", checks.words),
     )
+
+
+def _account(release: Release) -> str:
+    return str(checks.mapping(release.predicate, "account").get("in_words", ""))
 
 
 def _ask(release: Release, name: str, holds: str, question: Question) -> Check:
