@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medsynth.errors import MedsynthError, VerificationError
+from medsynth import accidents
+from medsynth.errors import MedsynthError, UnexpectedError, VerificationError
 
 if TYPE_CHECKING:
     from medsynth.config import Study
@@ -50,8 +51,9 @@ def run(config: Config, out: Run, source: Source = None, replace: Replace = Fals
     from medsynth.summary import summary
 
     study = _load(config, override)
-    run_study(study, source, out, replace=replace)
-    print(summary(study, out))
+    with accidents.kept_in(out):
+        run_study(study, source, out, replace=replace)
+        print(summary(study, out))
 
 
 def _stage_command(verb: str, what: str) -> None:
@@ -60,7 +62,9 @@ def _stage_command(verb: str, what: str) -> None:
     ) -> None:
         from medsynth.study import run_verb
 
-        run_verb(_load(config, override), verb, source, out, replace=replace)
+        study = _load(config, override)
+        with accidents.kept_in(out):
+            run_verb(study, verb, source, out, replace=replace)
 
     command.__doc__ = f"{what}\n\nExample: medsynth {verb} configs/demo.yaml --out RUN"
     app.command(name=verb)(command)
@@ -91,7 +95,8 @@ def audit(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the ru
     from medsynth.study import audit_again
     from medsynth.summary import print_findings
 
-    findings = audit_again(run_folder)
+    with accidents.kept_in(run_folder):
+        findings = audit_again(run_folder)
     print_findings(findings)
     if reasons := refusals(findings):
         raise CertificationError("the release of this run may not go out:\n" + "\n".join(f"  - {r}" for r in reasons))
@@ -251,12 +256,16 @@ def _load(path: Path, override: list[str] | None) -> Study:
 
 
 def main() -> None:
-    """Run the command line; errors of ours print one message and exit with their class's code."""
+    """Run the command line; an error prints one message and exits with its class's code, never a traceback."""
+    accidents.protect_process()
     try:
         app()
     except MedsynthError as error:
         print(f"medsynth: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        print(f"medsynth: {accidents.describe(error)}", file=sys.stderr)
+        sys.exit(UnexpectedError.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
     |  |- BudgetError        6   the reservation does not fit into the budget
     |- CertificationError    7   something in the ancestry cannot be certified
     |- VerificationError     8   a release that does not hold what its certificate says
+    |- UnexpectedError       9   something that nobody foresaw; its traceback stays in the run folder
 
 Messages say what was given, what was expected and what to do; they hold no patient identifier and no path below
 the cohort, because they end up in logs.
@@ -62,3 +63,9 @@ class VerificationError(MedsynthError):
     """A release does not hold what its certificate says."""
 
     exit_code = 8
+
+
+class UnexpectedError(MedsynthError):
+    """Something that nobody foresaw; the message names no value, the traceback stays inside."""
+
+    exit_code = 9

@@ -1,0 +1,79 @@
+"""What must not leak when something goes wrong that nobody foresaw: tracebacks, core dumps, files that others may read.
+
+The message of an unforeseen exception may quote a path of the cohort or a header, and a batch job's log is read by
+more people than the run folder. So the log gets the kind of exception and a place in our code, the run folder the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import secrets
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from medsynth.errors import MedsynthError, UnexpectedError
+
+FOLDER = "errors"
+"""Below the run folder; internal."""
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def protect_process() -> None:
+    """Make new files readable by their owner only, write no core dumps, and mute what libraries log of their own.
+
+    Readers of medical files log the values of headers; without a handler Python prints that on standard error.
+    """
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+@contextlib.contextmanager
+def kept_in(run: Path) -> Iterator[None]:
+    """Keep the traceback of an unforeseen exception in ``run/errors`` and raise one that may be shown anywhere.
+
+    Raises:
+        UnexpectedError: instead of any exception that is not ours.
+    """
+    try:
+        yield
+    except MedsynthError:
+        raise
+    except Exception as error:
+        name = _keep(error, run)
+        where = f"its traceback is in {FOLDER}/{name} of the run folder" if name else "its traceback could not be kept"
+        raise UnexpectedError(
+            f"{describe(error)}; {where}. That file may quote paths and values of the cohort: read it inside. Finished "
+            "stages stay; the same command goes on where this one stopped"
+        ) from error
+
+
+def describe(error: BaseException) -> str:
+    """Return what may be said of an exception in a log: its class and the place in our code, never its message."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)
+    ]
+    place = ""
+    if frames:
+        file = Path(frames[-1].filename).relative_to(_PACKAGE.parent).as_posix()
+        place = f" in {file}, line {frames[-1].lineno} ({frames[-1].name})"
+    return f"unexpected {type(error).__name__}{place}"
+
+
+def _keep(error: BaseException, run: Path) -> str | None:
+    """Write the traceback where only the owner reads it; return the file's name, None where that is impossible."""
+    folder = run / FOLDER
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}.txt"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        handle = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return None
+    return name

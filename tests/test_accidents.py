@@ -1,0 +1,90 @@
+"""What nobody foresaw: a log that names no value, a traceback that only its owner reads, no core dump."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medsynth import accidents, cli, config
+from medsynth.errors import BudgetError, UnexpectedError
+
+SECRET = "/cohort/DOE^JANE.dcm"
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    mask, limit, handlers = os.umask(0o022), resource.getrlimit(resource.RLIMIT_CORE), logging.getLogger().handlers[:]
+    yield
+    os.umask(mask)
+    resource.setrlimit(resource.RLIMIT_CORE, limit)
+    logging.getLogger().handlers[:] = handlers
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise FileNotFoundError(2, "No such file", SECRET)
+
+
+def kept(run: Path) -> list[Path]:
+    return sorted((run / accidents.FOLDER).iterdir())
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["medsynth", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("verb", ["run", "ingest"])
+def test_an_unforeseen_error_names_no_value_and_keeps_its_traceback_inside(
+    verb: str, tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    study, run = tmp_path / "study.yaml", tmp_path / "run"
+    study.write_text(config.dump(config.parse(tiny_settings)), encoding="utf-8")
+    monkeypatch.setattr("medsynth.study.open_tracker", fail)
+    assert command(monkeypatch, verb, study, "--input", tmp_path, "--out", run) == UnexpectedError.exit_code
+    shown = "".join(capsys.readouterr())
+    assert "unexpected FileNotFoundError in medsynth/study.py, line" in shown
+    assert "DOE" not in shown and str(tmp_path) not in shown and "Traceback" not in shown
+    (file,) = kept(run)
+    assert SECRET in file.read_text() and file.name in shown
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+def test_a_verb_without_a_run_folder_keeps_quiet_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("medsynth.release.verify.verify", fail)
+    assert command(monkeypatch, "verify", tmp_path) == UnexpectedError.exit_code
+    shown = "".join(capsys.readouterr())
+    assert "unexpected FileNotFoundError in medsynth/cli.py" in shown and "DOE" not in shown
+
+
+def test_errors_of_ours_and_interrupts_pass(tmp_path: Path) -> None:
+    for expected in (BudgetError("nothing is left"), KeyboardInterrupt()):
+        with pytest.raises(type(expected)), accidents.kept_in(tmp_path):
+            raise expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_changes_nothing_but_the_words(tmp_path: Path) -> None:
+    (tmp_path / accidents.FOLDER).write_text("a file where a folder should be")
+    with pytest.raises(UnexpectedError, match="could not be kept"), accidents.kept_in(tmp_path):
+        fail()
+
+
+def test_a_protected_process_writes_for_its_owner_and_dumps_no_core(tmp_path: Path, capsys: Any) -> None:
+    accidents.protect_process()
+    (tmp_path / "file").write_text("")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+    logging.getLogger("pydicom").warning("invalid value %s", SECRET)
+    assert "DOE" not in "".join(capsys.readouterr())
