@@ -13,14 +13,14 @@ from medsynth import config, store, study
 from medsynth.config import Study
 from medsynth.errors import BudgetError, PrivacyError, StoreError
 from medsynth.imaging.deidentify import REFERENCES_FILE, References, key_id, write_references
-from medsynth.privacy.account import Account
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
 from medsynth.site import site_key
-from medsynth.stages.inputs import SECTIONS, config_digest, stage_inputs
+from medsynth.stages.inputs import SECTIONS, account_of, config_digest, open_ledger, stage_inputs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
+PEOPLE = frozenset({"a1" * 32})
 VERBS = [stage.verb for stage in study.STAGES]
 
 
@@ -36,16 +36,23 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             parents = stage_inputs(inputs, *study.BY_VERB[verb].reads)
             with store.create(out, verb, config_digest(config, verb), parents) as folder:
                 if verb == "ingest":
-                    write_references(folder.path, References(key_id(site_key()), frozenset({"a1" * 32})))
+                    write_references(folder.path, References(key_id(site_key()), PEOPLE))
                 (folder.path / "file").write_text(config_digest(config, verb))
                 verbs.append(verb)
-                return folder.finish("internal")
+                return folder.finish("internal", details=_state(inputs) if verb == "certify" else None)
 
         return SimpleNamespace(run=run)
 
     monkeypatch.setattr(study, "importlib", SimpleNamespace(import_module=module))
     monkeypatch.setattr(study, "open_tracker", lambda *_: Tracker().stage("study"))
     return verbs
+
+
+def _state(inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What a certificate remembers of ledger and account."""
+    ledger = open_ledger(inputs)
+    assert ledger.account is not None
+    return {"certified": True, "ledger": ledger.head, "account": ledger.account.others(ledger.entries()).state}
 
 
 def changed(settings: dict[str, Any], section: str, **values: Any) -> Study:
@@ -150,3 +157,74 @@ def test_a_replacement_that_fails_leaves_the_finished_folder(
     with pytest.raises(BudgetError):
         study.run_verb(other, "masks", None, tmp_path / "run", replace=True)
     assert store.read_manifest(tmp_path / "run" / "masks") == before
+
+
+def _spend(run: Path, people: frozenset[str] = PEOPLE) -> Ledger:
+    """Reserve in a run as its stages do; the run is made where there is none."""
+    if not store.is_done(run / "cohort"):
+        with store.create(run / "cohort", "ingest", "0" * 64) as folder:
+            write_references(folder.path, References(key_id(site_key()), people))
+            folder.finish("private")
+    ledger = Ledger(run / "ledger.jsonl", account_of(run))
+    ledger.reserve(
+        "masks",
+        [Event("gaussian", 9.0)],
+        epsilon=8.0,
+        delta=1e-4,
+        noise_source="os",
+        config_digest="c" * 64,
+        parents={"cohort": store.read_manifest(run / "cohort").digest},
+    )
+    return ledger
+
+
+@pytest.mark.parametrize("who", ["the run itself", "another run on its patients"])
+def test_certify_runs_again_when_more_was_reserved_and_nothing_was_released(
+    who: str, tiny_study: Study, tmp_path: Path, ran: list[str]
+) -> None:
+    run = tmp_path / "run"
+    for verb in VERBS[:-1]:
+        study.run_verb(tiny_study, verb, None, run)
+    study.run_verb(tiny_study, "certify", None, run)
+    assert ran == VERBS[:-1], "nothing was reserved since"
+    _spend(run if who == "the run itself" else tmp_path / "other")
+    study.run_verb(tiny_study, "certify", None, run)
+    assert ran == [*VERBS[:-1], "certify"]
+    study.run_verb(tiny_study, "certify", None, run)
+    assert ran == [*VERBS[:-1], "certify"]
+
+
+def test_a_released_certificate_is_kept_and_told_to_be_old(
+    tiny_study: Study, tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    study.run_study(tiny_study, None, run)
+    _spend(tmp_path / "other")
+    study.run_study(tiny_study, None, run)
+    assert ran == VERBS and "--replace certifies again" in capsys.readouterr().err
+    study.run_verb(tiny_study, "certify", None, run, replace=True)
+    assert ran == [*VERBS, "certify"]
+
+
+def test_a_spend_on_other_patients_makes_nothing_old(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
+    for verb in VERBS[:-1]:
+        study.run_verb(tiny_study, verb, None, tmp_path / "run")
+    _spend(tmp_path / "other", frozenset({"b2" * 32}))
+    study.run_verb(tiny_study, "certify", None, tmp_path / "run")
+    assert ran == VERBS[:-1]
+
+
+def test_a_ledger_of_another_cohort_stops_the_stage(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
+    study.run_verb(tiny_study, "ingest", None, tmp_path / "run")
+    _spend(tmp_path / "other", frozenset({"b2" * 32}))
+    (tmp_path / "run" / "ledger.jsonl").write_bytes((tmp_path / "other" / "ledger.jsonl").read_bytes())
+    with pytest.raises(PrivacyError, match="another cohort"):
+        study.run_verb(tiny_study, "masks", None, tmp_path / "run")
+    assert ran == ["ingest"]
+
+
+def test_a_cohort_without_references_is_ingested_again(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
+    study.run_verb(tiny_study, "ingest", None, tmp_path / "run")
+    (tmp_path / "run" / "cohort" / REFERENCES_FILE).unlink()
+    with pytest.raises(StoreError, match="run ingest again"):
+        study.run_verb(tiny_study, "masks", None, tmp_path / "run")
