@@ -1,4 +1,4 @@
-"""The command line: one verb a stage, plus ``run``, ``phantom``, ``verify``, ``quarantine``, ``keys`` and ``config``.
+"""The command line: one verb a stage, and those around them (``medsynth --help`` lists all).
 
 Nothing heavy is imported before a verb runs, so that ``medsynth --help`` answers at once.
 """
@@ -29,6 +29,8 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 keys_app = typer.Typer(no_args_is_help=True, help="The site's signing keys, in MEDSYNTH_HOME/keys.")
 app.add_typer(keys_app, name="keys")
+budget_app = typer.Typer(no_args_is_help=True, help="What cohorts have spent, their limits, and plans of studies.")
+app.add_typer(budget_app, name="budget")
 
 Config = Annotated[Path, typer.Argument(help="the study, a YAML file", metavar="CONFIG")]
 Source = Annotated[
@@ -129,15 +131,18 @@ def verify(
     key: Annotated[
         Path | None, typer.Option("--key", help="the hospital's public key, received by another way")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of lines")] = False,
 ) -> None:
     """Check a release offline: signature, every digest, the ledger's chain, epsilon computed again.
 
     Example: medsynth verify RUN/release --key public.pem
     """
+    import json
+
     from medsynth.release.verify import verify as check
 
     report = check(release, key)
-    print("\n".join(report.lines()))
+    print(json.dumps(report.as_json(), indent=1) if as_json else "\n".join(report.lines()))
     if not report.ok:
         raise typer.Exit(VerificationError.exit_code)
 
@@ -236,6 +241,62 @@ def keys_public(
     from medsynth.site import signing_keys
 
     print("\n".join(keys.hand_out(signing_keys(), out)))
+
+
+@budget_app.command("show")
+def budget_show(
+    run_folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="a run folder; without it all cohorts")
+    ] = None,
+) -> None:
+    """Print what the studies of each cohort reserved, how much of it is unfinished, and what is left.
+
+    Example: medsynth budget show RUN
+    """
+    from medsynth.budgeting import show
+
+    show(run_folder)
+
+
+@budget_app.command("limit")
+def budget_limit(
+    target: Annotated[str, typer.Argument(metavar="ACCOUNT|RUN", help="a run folder, or an account that `show` lists")],
+    epsilon: Annotated[float, typer.Argument(metavar="EPSILON", help="for all studies together; inf lifts the limit")],
+    delta: Annotated[float | None, typer.Option("--delta", help="default: the smallest that the studies use")] = None,
+) -> None:
+    """Set what all studies of a cohort may cost together; a study beyond it stops before it reads a patient.
+
+    Example: medsynth budget limit RUN 10 --delta 1e-4
+    """
+    from medsynth.budgeting import limit
+
+    limit(target, epsilon, delta)
+
+
+@budget_app.command("plan")
+def budget_plan(
+    config: Config,
+    epsilon: Annotated[float | None, typer.Option("--epsilon", help="budget; default: the study's")] = None,
+    delta: Annotated[float | None, typer.Option("--delta", help="failure probability; default: the study's")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="training steps; with --epsilon and --noise they are computed")
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option("--noise", help="noise multiplier of the training; without it, it is computed")
+    ] = None,
+    parameters: Annotated[
+        int | None, typer.Option("--parameters", help="trainable parameters; default: those of the study's model")
+    ] = None,
+    override: Override = None,
+) -> None:
+    """Print what a study would cost, before anything is read: noise, steps, epsilon and trainable parameters.
+
+    Example: medsynth budget plan configs/demo.yaml --epsilon 3
+    """
+    from medsynth.budgeting import Asked, plan
+    from medsynth.config import parse_overrides
+
+    plan(config, parse_overrides(override or []), Asked(epsilon, delta, steps, noise, parameters))
 
 
 @config_app.command("show")
