@@ -7,7 +7,6 @@ of it is read by a stage that makes data.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from medsynth.metrics import figures
 from medsynth.privacy.audit.finding import Finding
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import generator
+from medsynth.release import spending
 from medsynth.release.audits import FINDINGS, ROC
 from medsynth.stages.audit_mechanisms import audit_mechanisms
 from medsynth.stages.audit_results import Scores, Sides, allowed_area, audit_generator, audit_pairs
@@ -75,8 +75,7 @@ def _findings(config: Study, inputs: Mapping[str, Path], device: torch.device, f
     if min(len(members), len(strangers)) < 2:
         logs.say("audit: two patients on each side are needed for membership and copies; left out")
         return
-    spent = Ledger(inputs["ledger"]).spent(config.privacy.delta) if config.privacy.private else math.inf
-    bound = allowed_area(spent, config.privacy.delta)
+    bound = _bound(config, inputs["ledger"])
     if config.audit.generator:
         finding, scores = audit_generator(config, built, sides, bound, device)
         _keep_scores(scores, folder)
@@ -84,6 +83,14 @@ def _findings(config: Study, inputs: Mapping[str, Path], device: torch.device, f
     if config.audit.pairs:
         images, labels = load_pairs(inputs["synthetic"], config.grid)
         yield from audit_pairs(config, images, labels, sides, bound)
+
+
+def _bound(config: Study, ledger: Path) -> float:
+    """Return the area under the curve that no attack exceeds if the claim holds, from the claim's whole curve."""
+    if not config.privacy.private:
+        return 1.0
+    spent, delta = spending.events(Ledger(ledger).entries()), config.privacy.delta
+    return allowed_area([(spending.cost_at(spent, value), value) for value in (delta, *spending.CURVE)])
 
 
 def _keep_scores(scores: Scores, folder: Path) -> None:

@@ -139,14 +139,15 @@ def test_pairs_that_copy_their_patients_are_red_and_fresh_pairs_are_not(tiny_set
     assert len(refusals(copied)) == 2, "copies stop a release whatever its epsilon"
     recognised = [one for one in red.values() if one.audit == "membership inference"]
     assert refusals(recognised) == [], "below what the claim allows it is a warning"
-    strict = list(audit_pairs(tiny, *pairs_of(people[:20]), sides, allowed_area(0.1, 1e-4)))
+    strict = list(audit_pairs(tiny, *pairs_of(people[:20]), sides, allowed_area([(0.1, 1e-4)])))
     assert len(refusals([one for one in strict if one.audit == "membership inference"])) == 2
 
 
 def test_the_area_that_epsilon_allows() -> None:
-    assert allowed_area(0.0, 0.0) == pytest.approx(0.5, abs=1e-3)
-    assert 0.52 < allowed_area(0.1, 1e-4) < 0.53 and allowed_area(8.0, 1e-4) > 0.99
-    assert allowed_area(float("inf"), 1e-4) == pytest.approx(1.0, abs=1e-3)
+    assert allowed_area([(0.0, 0.0)]) == pytest.approx(0.5, abs=1e-3)
+    assert 0.52 < allowed_area([(0.1, 1e-4)]) < 0.53 and allowed_area([(8.0, 1e-4)]) > 0.99
+    assert allowed_area([(float("inf"), 1e-4)]) == pytest.approx(1.0, abs=1e-3)
+    assert allowed_area([(8.0, 1e-4), (1.0, 0.2)]) < allowed_area([(1.0, 0.2)]) + 1e-9 < 0.9
 
 
 def test_hostile_patients_are_hostile() -> None:
