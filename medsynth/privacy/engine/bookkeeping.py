@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from medsynth.errors import PrivacyError
 from medsynth.privacy.engine.choice import Chooser, discarded_squares, squared_lengths
-from medsynth.privacy.engine.layers import Layer, trained_layers
-from medsynth.privacy.engine.part import Backward, Part
+from medsynth.privacy.engine.layers import trained_layers
+from medsynth.privacy.engine.part import Backward, Layer, Part
 from medsynth.privacy.engine.tape import Call, recording, refuse_functional_use
 from medsynth.privacy.gradients import (
     Batch,
@@ -47,6 +48,7 @@ class BookkeepingBackend:
         clip_norm: L2 bound on one patient's gradient.
         max_rows: rows of one forward and backward; a patient with more is treated alone, by plain autograd.
         chooser: picks the rules and remembers their timing.
+        found: the layers of the model, found once.
 
     Raises:
         PrivacyError: when opened, names the trained parameters that have no rule.
@@ -57,10 +59,11 @@ class BookkeepingBackend:
     clip_norm: float
     max_rows: int = MAX_ROWS
     chooser: Chooser = field(default_factory=lambda: Chooser(KEEP_BYTES))
+    found: dict[str, Any] = field(default_factory=dict)
     name: str = "bookkeeping"
 
     def __post_init__(self) -> None:
-        trained_layers(self.model)
+        self._layers()
 
     def at(self, clip_norm: float) -> BookkeepingBackend:
         """Return the same backend with another clip norm."""
@@ -69,7 +72,7 @@ class BookkeepingBackend:
     def clipped_sum(self, batches: Sequence[Batch]) -> ClippedSum:
         """Return the clipped sum over patients, one batch each; an empty list gives zeros."""
         parameters = trainable(self.model)
-        layers = trained_layers(self.model)
+        layers = self._layers()
         norms = [0.0] * len(batches)
         sums: list[Tensor] | None = None
         for indices, rows in _groups(batches, self.max_rows):
@@ -83,6 +86,15 @@ class BookkeepingBackend:
                 norms[index] = norm
         return ClippedSum(zero_sums(parameters) if sums is None else sums, norms)
 
+    def _layers(self) -> list[Layer]:
+        """Return the trained layers, looked up again only when parameters were replaced, frozen or thawed."""
+        state = [
+            (id(p), p.requires_grad) for m in self.model.modules() for p in m._parameters.values() if p is not None
+        ]
+        if self.found.get("state") != state:
+            self.found.update(state=state, layers=trained_layers(self.model))
+        return cast(list[Layer], self.found["layers"])
+
     def _together(
         self, group: Sequence[Batch], rows: int, layers: Sequence[Layer], parameters: Sequence[nn.Parameter]
     ) -> ClippedSum:
@@ -94,7 +106,7 @@ class BookkeepingBackend:
             losses = check_losses(self.row_loss(self.model, merged), total)
             del merged
             torch.autograd.backward(losses, torch.full_like(losses, 1 / rows))
-            refuse_functional_use(self.model)
+            refuse_functional_use(self.model, parameters)
             del losses
         norms = books.norms()
         return ClippedSum(books.close(norms, self.clip_norm, parameters), [float(norm) for norm in norms.tolist()])
@@ -130,13 +142,12 @@ class _Books:
 
     def receive(self, call: Call, found: Backward) -> None:
         """Book one call of a layer: small gradients as they are, larger ones by the cheapest rule."""
-        module = call.layer.module
         for name, sample in found.small.items():
-            parameter = getattr(module, name)
+            parameter = call.layer.parameter(name)
             before = self._samples.get(parameter)
             self._samples[parameter] = sample if before is None else before + sample
         for name, part in found.parts.items():
-            parameter = getattr(module, name)
+            parameter = call.layer.parameter(name)
             if call.forwards > 1:
                 # The norm of a sum has cross terms: wait for the other calls.
                 self._repeated.setdefault(parameter, []).append(part)
@@ -173,7 +184,7 @@ class _Books:
             self._together: Tensor = together
         if not self._squares:
             return torch.zeros(self._units, dtype=torch.float64)
-        norms = torch.stack([square.double() for square in self._squares]).sum(0).sqrt()
+        norms = torch.stack([s if s.dtype == torch.float64 else s.double() for s in self._squares]).sum(0).sqrt()
         self._finite = norms.isfinite()
         return norms.where(self._finite, 0.0)
 
@@ -186,7 +197,7 @@ class _Books:
         clean = bool(self._finite.all())
         factors = factors.where(self._finite, 0.0)
         if self._samples:
-            total = factors.to(self._together.dtype) @ self._clean(self._together, clean)
+            total = (factors.to(self._together.dtype) @ self._clean(self._together, clean)).double()
             pieces = total.split([sample[0].numel() for sample in self._samples.values()])
             sums.update(zip(self._samples, pieces, strict=True))
         while self._kept:

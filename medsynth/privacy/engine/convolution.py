@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch.nn import functional
 from medsynth.privacy.engine.gram import Axis, box_matrix, box_sum
 from medsynth.privacy.engine.part import (
     Backward,
+    Layer,
+    Part,
     Saved,
-    autocast_dtype,
     by_unit,
+    cast_parameters,
     full,
     inner_product,
     scale_rows,
-    trained,
+    sum_rows,
 )
 
 # Floats of one Gram matrix or one instantiated block that are worked on at a time: they stay in a core's cache.
@@ -96,7 +98,7 @@ class ConvolutionWeight:
 
     def grams(self) -> tuple[str, ...]:
         """Ways to take Gram norms; none where Gram matrices cost far more than the weight gradient."""
-        source, seen, axes = self._roles()
+        source, seen, _ = self._roles()
         rows = self.value.shape[0] // self.units
         inputs, outputs = (rows * math.prod(t.shape[2:]) for t in (source, seen))
         work = inputs**2 * source.shape[1] + outputs**2 * seen.shape[1]
@@ -166,6 +168,8 @@ class ConvolutionWeight:
         """Return ``G_i`` as a batched product of output gradients and unfolded patches."""
         source, seen = (g, x) if self.geometry.transposed else (x, g)
         groups = self.geometry.groups
+        if units == x.shape[0] and groups == 1 and self._pointwise():
+            return torch.bmm(seen.flatten(2), source.flatten(2).mT).view(units, *self.shape)
         patches = _unfold(source, self._roles()[2])
         taps = math.prod(self.shape[2:])
         rows = source.shape[0] // units
@@ -193,57 +197,57 @@ class ConvolutionFamily:
         """Return None: every one of these layers can be treated."""
         return None
 
-    def prepare(self, module: Any, input: Tensor, output_size: list[int] | None = None) -> tuple[Tensor, Geometry]:
+    def prepare(self, layer: Layer, input: Tensor, output_size: list[int] | None = None) -> tuple[Tensor, Geometry]:
         """Return the padded input, and the geometry that is left."""
+        module = layer.module
         dims = len(module.kernel_size)
         if input.ndim != dims + 2:
             raise ValueError(f"expected a batch axis, a channel axis and {dims} more, got {tuple(input.shape)}")
-        padding, extra = module.padding, module.output_padding
-        if module.transposed and output_size is not None:
-            extra = tuple(
-                module._output_padding(
-                    input, output_size, module.stride, padding, module.kernel_size, dims, module.dilation
-                )
-            )
+        geometry: Geometry | None = layer.notes.get("geometry")
+        if geometry is None:
+            geometry = layer.notes["geometry"] = _geometry(module)
         if module.padding_mode != "zeros":
             input = functional.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-            padding = (0,) * dims
-        elif isinstance(padding, str):
-            input, padding = _resolve(input, module)
-        return input, Geometry(module.stride, padding, module.dilation, module.transposed, extra, module.groups)
+        elif isinstance(module.padding, str) and not any(geometry.padding):
+            input = functional.pad(input, module._reversed_padding_repeated_twice)
+        if output_size is not None:
+            sizes = (module.stride, module.padding, module.kernel_size, dims, module.dilation)
+            geometry = replace(geometry, output_padding=tuple(module._output_padding(input, output_size, *sizes)))
+        return input, geometry
 
-    def run(self, module: Any, value: Tensor, extra: Geometry) -> tuple[Tensor, Saved]:
+    def run(self, layer: Layer, value: Tensor, extra: Geometry) -> tuple[Tensor, Saved]:
         """Return the convolution."""
-        half = autocast_dtype(value.device)
-        weight, bias = module.weight, module.bias
-        if half is not None:
-            value, weight, bias = value.to(half), weight.to(half), None if bias is None else bias.to(half)
-        return torch.convolution(value, weight, bias, *extra.arguments()), (value,)
+        value, weight, bias = cast_parameters(layer, value)
+        return torch.convolution(value, weight, bias, *extra.arguments()), (value,)  # type: ignore[arg-type]  # it has a weight
 
-    def back(self, module: Any, saved: Saved, grad: Tensor, extra: Geometry, units: int, wanted: bool) -> Backward:
+    def back(self, layer: Layer, saved: Saved, grad: Tensor, extra: Geometry, units: int, wanted: bool) -> Backward:
         """Return the input's gradient, the bias ``sum_o g_i[o]`` and the weight."""
         (value,) = saved
+        assert layer.weight is not None
         small = {}
-        if trained(module, "bias"):
-            small["bias"] = by_unit(full(grad).flatten(2).sum(2), units).sum(1)
-        parts: dict[str, Any] = {}
-        if trained(module, "weight"):
-            parts["weight"] = ConvolutionWeight(value, grad, units, extra, module.weight.shape)
+        if "bias" in layer.trained:
+            small["bias"] = sum_rows(full(grad).flatten(2).sum(2), units)
+        parts: dict[str, Part] = {}
+        if "weight" in layer.trained:
+            parts["weight"] = ConvolutionWeight(value, grad, units, extra, layer.weight.shape)
         result = None
         if wanted:
-            weight = module.weight.detach().to(grad.dtype)
+            weight = layer.weight.detach().to(grad.dtype)
             mask = (True, False, False)
             result = torch.ops.aten.convolution_backward(grad, value, weight, None, *extra.arguments(), mask)[0]
         return Backward(result, small, parts)
 
 
-def _resolve(value: Tensor, module: Any) -> tuple[Tensor, _Ints]:
-    """Return input and padding of ``padding='same'`` or ``'valid'``; an uneven padding is put on the input."""
-    pads = module._reversed_padding_repeated_twice
-    before, after = pads[0::2][::-1], pads[1::2][::-1]
-    if before == after:
-        return value, tuple(before)
-    return functional.pad(value, pads), (0,) * len(before)
+def _geometry(module: Any) -> Geometry:
+    """Return a module's geometry; padding that is uneven or not zero is left to be put on the input."""
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        padding = (0,) * len(module.kernel_size)
+    elif isinstance(padding, str):
+        pads = module._reversed_padding_repeated_twice
+        even = pads[0::2] == pads[1::2]
+        padding = tuple(pads[0::2][::-1]) if even else (0,) * len(module.kernel_size)
+    return Geometry(module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups)
 
 
 def _units_as_channels(value: Tensor, units: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsynth.privacy.engine.part import Backward, Saved, full, inner_product, scale_rows, trained
+from medsynth.privacy.engine.part import Backward, Layer, Part, Saved, full, inner_product, scale_rows
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,22 @@ class EmbeddingFamily:
             return "scale_grad_by_freq divides by how often other patients look a row up"
         return "sparse gradients cannot carry noise" if module.sparse else None
 
-    def prepare(self, module: nn.Embedding, input: Tensor) -> tuple[Tensor, None]:
+    def prepare(self, layer: Layer, input: Tensor) -> tuple[Tensor, None]:
         """Return the indices."""
         return input, None
 
-    def run(self, module: nn.Embedding, value: Tensor, extra: None) -> tuple[Tensor, Saved]:
+    def run(self, layer: Layer, value: Tensor, extra: None) -> tuple[Tensor, Saved]:
         """Return the rows of the table."""
-        return torch.nn.functional.embedding(value, module.weight), (value,)
+        assert layer.weight is not None
+        return torch.nn.functional.embedding(value, layer.weight), (value,)
 
-    def back(self, module: nn.Embedding, saved: Saved, grad: Tensor, extra: None, units: int, wanted: bool) -> Backward:
+    def back(self, layer: Layer, saved: Saved, grad: Tensor, extra: None, units: int, wanted: bool) -> Backward:
         """Return the table; the padding row gets no gradient."""
         (index,) = saved
-        parts: dict[str, Any] = {}
-        if trained(module, "weight"):
-            if module.padding_idx is not None:
-                grad = grad.masked_fill((index == module.padding_idx).unsqueeze(-1), 0)
-            parts["weight"] = EmbeddingTable(index, grad, units, module.weight.shape)
+        parts: dict[str, Part] = {}
+        if layer.weight is not None and "weight" in layer.trained:
+            padding = layer.module.padding_idx
+            if padding is not None:
+                grad = grad.masked_fill((index == padding).unsqueeze(-1), 0)
+            parts["weight"] = EmbeddingTable(index, grad, units, layer.weight.shape)
         return Backward(None, {}, parts)

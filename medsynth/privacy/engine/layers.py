@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from medsynth.errors import PrivacyError
@@ -11,7 +9,7 @@ from medsynth.privacy.engine.convolution import ConvolutionFamily
 from medsynth.privacy.engine.embedding import EmbeddingFamily
 from medsynth.privacy.engine.linear import LinearFamily
 from medsynth.privacy.engine.normalisation import GroupNormFamily, InstanceNormFamily, LayerNormFamily
-from medsynth.privacy.engine.part import Family
+from medsynth.privacy.engine.part import Family, Layer
 
 FAMILIES: dict[type[nn.Module], Family] = {
     nn.Linear: LinearFamily(),
@@ -31,15 +29,6 @@ FAMILIES: dict[type[nn.Module], Family] = {
 
 # Methods that a subclass must not have changed: the engine computes what they compute.
 _METHODS = ("forward", "_conv_forward", "_apply_instance_norm")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A module with trained parameters of its own."""
-
-    name: str
-    module: nn.Module
-    family: Family
 
 
 def trained_layers(model: nn.Module) -> list[Layer]:
@@ -66,7 +55,8 @@ def trained_layers(model: nn.Module) -> list[Layer]:
                 faults.append(f"{full} (the same tensor as {owners[id(parameter)]})")
             owners.setdefault(id(parameter), full)
         if family is not None:
-            layers.append(Layer(name or "model", module, family))
+            weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+            layers.append(Layer(name or "model", module, family, weight, bias, frozenset(key for key, _ in own)))
     if faults:
         raise PrivacyError(
             f"backend 'bookkeeping' cannot clip these parameters: {', '.join(faults)}; freeze them, "

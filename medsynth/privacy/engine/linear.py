@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsynth.privacy.engine.part import Backward, Saved, autocast_dtype, full, inner_product, scale_rows, trained
+from medsynth.privacy.engine.part import Backward, Layer, Part, Saved, cast_parameters, full, inner_product, scale_rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LinearWeight:
         """Return ``<X_i X_i^T, G_i G_i^T>``."""
         x, g = self._positions(self.value), self._positions(self.grad)
         if x.shape[1] == 1:
-            return x.flatten(1).square().sum(1) * g.flatten(1).square().sum(1)
+            return torch.linalg.vector_norm(x, dim=(1, 2)).mul_(torch.linalg.vector_norm(g, dim=(1, 2))).square_()
         return inner_product(torch.bmm(x, x.mT), torch.bmm(g, g.mT))
 
     def contract(self, factors: Tensor, held: tuple[Tensor, ...]) -> Tensor:
@@ -77,25 +77,24 @@ class LinearFamily:
         """Return None: every linear layer can be treated."""
         return None
 
-    def prepare(self, module: nn.Linear, input: Tensor) -> tuple[Tensor, Any]:
+    def prepare(self, layer: Layer, input: Tensor) -> tuple[Tensor, None]:
         """Return the input."""
         return input, None
 
-    def run(self, module: nn.Linear, value: Tensor, extra: Any) -> tuple[Tensor, Saved]:
+    def run(self, layer: Layer, value: Tensor, extra: None) -> tuple[Tensor, Saved]:
         """Return ``x W^T + b``."""
-        half = autocast_dtype(value.device)
-        weight, bias = module.weight, module.bias
-        if half is not None:
-            value, weight, bias = value.to(half), weight.to(half), None if bias is None else bias.to(half)
-        return torch.nn.functional.linear(value, weight, bias), (value,)
+        value, weight, bias = cast_parameters(layer, value)
+        return torch.nn.functional.linear(value, weight, bias), (value,)  # type: ignore[arg-type]  # it has a weight
 
-    def back(self, module: nn.Linear, saved: Saved, grad: Tensor, extra: Any, units: int, wanted: bool) -> Backward:
+    def back(self, layer: Layer, saved: Saved, grad: Tensor, extra: None, units: int, wanted: bool) -> Backward:
         """Return ``g W``, the bias ``sum_t g_it`` and the weight."""
         (value,) = saved
         small = {}
-        if trained(module, "bias"):
-            small["bias"] = full(grad).reshape(units, -1, grad.shape[-1]).sum(1)
-        parts: dict[str, Any] = {}
-        if trained(module, "weight"):
+        if "bias" in layer.trained:
+            bias = full(grad)
+            small["bias"] = bias if bias.shape[:-1] == (units,) else bias.reshape(units, -1, bias.shape[-1]).sum(1)
+        parts: dict[str, Part] = {}
+        if "weight" in layer.trained:
             parts["weight"] = LinearWeight(value, grad, units)
-        return Backward(grad @ module.weight.to(grad.dtype) if wanted else None, small, parts)
+        assert layer.weight is not None
+        return Backward(grad @ layer.weight.to(grad.dtype) if wanted else None, small, parts)

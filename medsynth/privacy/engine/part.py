@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +19,8 @@ Saved = tuple[Tensor, ...]
 class Part(Protocol):
     """One parameter's share of one call of its layer, over ``units`` clip units of ``rows`` rows each.
 
-    Write ``G_i`` for unit i's gradient. A part can instantiate ``G_i``, it may know ``|G_i|^2`` without doing so, and it
-    can form ``sum_i c_i G_i`` with one ordinary weight gradient.
+    Write ``G_i`` for unit i's gradient. A part can instantiate ``G_i``, it may know ``|G_i|^2`` without doing so, and
+    it can form ``sum_i c_i G_i`` with one ordinary weight gradient.
     """
 
     @property
@@ -60,14 +60,43 @@ class Family(Protocol):
     def refusal(self, module: nn.Module) -> str | None:
         """Return why this module cannot be treated, or None."""
 
-    def prepare(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def prepare(self, layer: Layer, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """Return the input as the layer's core sees it (padded, say) and what else :meth:`run` needs."""
 
-    def run(self, module: Any, value: Tensor, extra: Any) -> tuple[Tensor, Saved]:
+    def run(self, layer: Layer, value: Tensor, extra: Any) -> tuple[Tensor, Saved]:
         """Return the output and what the backward pass needs, the layer's input first."""
 
-    def back(self, module: Any, saved: Saved, grad: Tensor, extra: Any, units: int, wanted: bool) -> Backward:
+    def back(self, layer: Layer, saved: Saved, grad: Tensor, extra: Any, units: int, wanted: bool) -> Backward:
         """Return the input's gradient (if ``wanted``) and the parts of the trained parameters."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with trained parameters of its own.
+
+    Attributes:
+        name: where it is in the model.
+        module: the layer.
+        family: how it is treated.
+        weight: its weight, trained or not; None without one.
+        bias: likewise.
+        trained: which of ``weight`` and ``bias`` are trained.
+        notes: what the family remembers of it.
+    """
+
+    name: str
+    module: Any
+    family: Family
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    trained: frozenset[str]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the trained parameter of this name."""
+        found = self.weight if name == "weight" else self.bias
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,10 +130,18 @@ def scale_rows(value: Tensor, factors: Tensor) -> Tensor:
     return value * factors.to(value.dtype).repeat_interleave(rows).view(-1, *(1,) * (value.ndim - 1))
 
 
-def trained(module: nn.Module, name: str) -> bool:
-    """Return whether the module's parameter exists and is trained."""
-    parameter = getattr(module, name, None)
-    return isinstance(parameter, nn.Parameter) and parameter.requires_grad
+def sum_rows(value: Tensor, units: int) -> Tensor:
+    """Return (units, ...) of (rows, ...), summed over the rows of a unit."""
+    return value if value.shape[0] == units else by_unit(value, units).sum(1)
+
+
+def cast_parameters(layer: Layer, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return input, weight and bias in the dtype that an active autocast asks for, as they are without one."""
+    weight, bias = layer.weight, layer.bias
+    if not torch.is_autocast_enabled(value.device.type):
+        return value, weight, bias  # type: ignore[return-value]  # linear layers and convolutions have a weight
+    dtype = torch.get_autocast_dtype(value.device.type)
+    return value.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
@@ -121,10 +158,3 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
     terms = left.mul_(right).flatten(1)
     spread = torch.linalg.vector_norm(terms, dim=1)
     return terms.sum(1).clamp_(min=0).add_(spread, alpha=ROUNDING_MARGIN * EPSILON)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype that matrix products run in under an active autocast, None without one."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medsynth.errors import PrivacyError
-from medsynth.privacy.engine.layers import Layer
-from medsynth.privacy.engine.part import Backward
+from medsynth.privacy.engine.part import Backward, Layer
 
 Receive = Callable[["Call", Backward], None]
 
@@ -35,11 +34,11 @@ class Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer and remember the call."""
         try:
-            value, extra = self.layer.family.prepare(self.layer.module, *args, **kwargs)
+            value, extra = self.layer.family.prepare(self.layer, *args, **kwargs)
         except (TypeError, ValueError) as error:
             raise PrivacyError(f"layer {self.layer.name}: {error}; use train.backend 'unit'") from None
         if not torch.is_grad_enabled():
-            return self.layer.family.run(self.layer.module, value, extra)[0]
+            return self.layer.family.run(self.layer, value, extra)[0]
         if value.shape[0] != self.rows:
             raise PrivacyError(
                 f"layer {self.layer.name} sees {value.shape[0]} rows of a batch of {self.rows}: its gradient cannot be "
@@ -58,17 +57,17 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor, call: Call, extra: Any) -> Tensor:
-        output, saved = call.layer.family.run(call.layer.module, value, extra)
+        output, saved = call.layer.family.run(call.layer, value, extra)
         ctx.save_for_backward(*saved)
         ctx.call, ctx.extra, ctx.dtype = call, extra, value.dtype
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # torch's own
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         call: Call = ctx.call
         found = call.layer.family.back(
-            call.layer.module, ctx.saved_tensors, grad, ctx.extra, call.units, ctx.needs_input_grad[0]
+            call.layer, ctx.saved_tensors, grad, ctx.extra, call.units, ctx.needs_input_grad[0]
         )
         call.receive(call, found)
         grad_input = found.grad_input
@@ -104,15 +103,16 @@ def recording(
             parameter.grad = grad
 
 
-def refuse_functional_use(model: nn.Module) -> None:
+def refuse_functional_use(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Refuse parameters that autograd gave a gradient although no layer did: they are used outside of their layer.
 
     Raises:
         PrivacyError: names them.
     """
+    if all(parameter.grad is None for parameter in parameters):
+        return
     names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    if names:
-        raise PrivacyError(
-            f"parameters used outside of their layer's forward cannot be clipped: {', '.join(names)}; "
-            "use train.backend 'unit'"
-        )
+    raise PrivacyError(
+        f"parameters used outside of their layer's forward cannot be clipped: {', '.join(names)}; "
+        "use train.backend 'unit'"
+    )
