@@ -270,7 +270,7 @@ class Audit(Section):
     neighbours: Annotated[int, Field(ge=1)] = Field(2, description="real patients that record-replay takes out")
     repeats: Annotated[int, Field(ge=10_000)] = Field(50_000, description="runs of a step with, and as many without")
     canaries: Annotated[int, Field(ge=100)] = Field(20_000, description="at most; as many as the claim needs are taken")
-    patients: Annotated[int, Field(ge=2)] = Field(60, description="at most so many of each side meet the generator")
+    patients: Annotated[int, Field(ge=2)] = Field(40, description="at most so many of each side meet the generator")
     bootstrap: Annotated[int, Field(ge=100)] = 1000
 
 

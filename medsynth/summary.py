@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ def print_findings(findings: Sequence[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("audit", "of", "measured", "interval", "allowed", "controls", "verdict", title="internal")
+    table = Table("audit", "measured", "allowed", "controls", "verdict", title="internal")
     for one in findings:
         missed = [control.name for control in one.controls if not control.caught]
         caught = f"{len(one.controls)} caught" if not missed else f"MISSED: {', '.join(missed)}"
         colour = {"pass": "green", "cannot say": "yellow"}.get(one.verdict, "bold red")
-        interval = f"{one.low:.3g} to {one.high:.3g}"
-        row = (one.audit, one.subject, f"{one.value:.3g}", interval, f"{one.allowed:.3g}", caught)
-        table.add_row(*row, f"[{colour}]{one.verdict}[/]")
+        measured = f"{one.value:.3g}" if one.low == one.high else f"{one.value:.3g} ({one.low:.3g} to {one.high:.3g})"
+        measured = measured if math.isfinite(one.high) else f"at least {one.low:.3g}"
+        table.add_row(
+            f"{one.audit}: {one.subject}", measured, f"{one.allowed:.3g}", caught, f"[{colour}]{one.verdict}[/]"
+        )
     console = Console()
     console.print(table)
     for sentence in dict.fromkeys(f"{one.audit}: {one.shows}" for one in findings):
