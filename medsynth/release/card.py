@@ -81,7 +81,7 @@ def _audit_lines(audited: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _size_line(claim: Mapping[str, Any]) -> str:
-    size = f"Declared size of the cohort: {claim['declared_patients']} patients. Allowed: epsilon {claim['budget']:g}."
+    size = f"Declared size of the cohort: {claim['declared_patients']} patients; epsilon allowed: {claim['budget']:g}."
     sweep = f" The claim charges {claim['trials']} studies of a declared sweep, each as much as this one."
     return size + sweep if claim["trials"] > 1 else size
 
@@ -196,12 +196,13 @@ No image or segmentation in this release was taken from a patient: all were draw
 cohort through random noise. Whatever one sees in the release, it is at most
 {_factor(claim.epsilon)} as likely with one patient's records as without them,
 and the other way round, but for a failure probability of {claim.delta:g}.
-All records of a person count together, and so does everything by which this study read the cohort{_sweep(claim)}.
+The figure covers everything by which this study read the cohort.
 {_size_line(said)}
+{claim.linkage}
 
 ## What an attacker can find out about one person
-Suppose the attacker knows everything about all other patients, the models and this page, and asks of people: were you
-in the cohort? Whatever the method, and however long it runs:
+Suppose the attacker knows everything about all other patients, the models and this page, and wants to find out whether
+a person was in the cohort. Whatever the method, and however long it runs:
 
 | people outside the cohort who are wrongly accused | patients recognised, at most |
 |---|---|
@@ -216,9 +217,6 @@ probabilities the same study has these epsilons:
 
 ## This study and all others of the same patients
 {account}
-
-## Who is one patient
-{claim.linkage}
 
 ## Who signed, and how to check
 {signer_line(signer)}
@@ -240,10 +238,6 @@ every spend in `ledger.jsonl`, and compute epsilon again.
 def _factor(epsilon: float) -> str:
     factor = f"{math.exp(epsilon):.3g}" if epsilon < 7 else f"{math.ceil(math.exp(min(epsilon, 700.0))):,}"
     return f"e^{epsilon:g} = {factor} times"
-
-
-def _sweep(claim: Claim) -> str:
-    return f", {claim.trials} times over, for the {claim.trials} studies of its declared sweep" * (claim.trials > 1)
 
 
 def _lines(lines: Sequence[str]) -> str:

@@ -116,6 +116,15 @@ def test_nested_json_without_end_is_no_crash(release: Path) -> None:
     failed(release)
 
 
+def test_a_statement_in_another_form_is_refused_whoever_signed_it(release: Path, certified_run: Path) -> None:
+    key = keys.open_key(certified_run / "keys")
+    _, payload = signing.open_envelope((release / "certificate.dsse.json").read_bytes())
+    for other in (json.dumps(json.loads(payload), indent=1).encode(), payload.replace(b"{", b'{"_type":"x",', 1)):
+        envelope = signing.envelope_text(signing.sign(other, key))
+        (release / "certificate.dsse.json").write_bytes(envelope)
+        assert "not in the one form that 'certify' writes" in failed(release)
+
+
 def test_numbers_that_are_none_are_refused(release: Path, tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
         sign_again(release, tmp_path / "attacker", lambda p, v=value: p["claim"]["epsilon_at"][1].update(epsilon=v))
