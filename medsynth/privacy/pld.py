@@ -29,12 +29,22 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medsynth.errors import PrivacyError
 from medsynth.privacy.accounting import Event, merge
+from medsynth.privacy.loss_cells import (
+    Access,
+    Array,
+    Cells,
+    Losses,
+    cells_of,
+    correction_of,
+    loss_range,
+    merge_cells,
+    split_cells,
+    variance,
+)
 
-Array = NDArray[np.float64]
 Side = Literal["upper", "lower"]
 
 _ULP = float(np.finfo(np.float64).eps)
@@ -44,7 +54,7 @@ _WRAP_SHARE = 1e-10
 # Share of delta that the lower bound gives up for the corrections of merged cells.
 _CORRECTION_SHARE = 1e-3
 # Discretisation may add this much to epsilon (and about as much is taken off the lower bound) at a spread of 1.
-_TOLERANCE = 1e-3
+_TOLERANCE = 2e-4
 _LONGEST = 2**21
 # exp of a loss must stay a double.
 _LARGEST_LOSS = 600.0
@@ -123,7 +133,7 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def _mills(z: float) -> float:
-    """Return (1 - Phi(z)) / phi(z) for z >= 25 by its continued fraction (Laplace), right to a unit in the last place."""
+    """Return (1 - Phi(z)) / phi(z) for z >= 25 by its continued fraction (Laplace), right to 1e-15."""
     value = z
     for term in range(30, 0, -1):
         value = z + term / value
@@ -138,12 +148,13 @@ def _normal(z: float) -> float:
 def _gaussian_epsilon(mu: float, delta: float, side: Side) -> float:
     if mu == 0 or gaussian_delta(0.0, mu) <= delta:
         return 0.0
-    return _bisect(lambda value: gaussian_delta(value, mu), delta, mu * mu / 2 + mu * 40, side)
+    return _bisect(lambda value: gaussian_delta(value, mu), delta, 0.0, mu * mu / 2 + mu * 40, side)
 
 
-def _bisect(delta_of: Callable[[float], float], delta: float, high: float, side: Side) -> float:
+def _bisect(delta_of: Callable[[float], float], delta: float, low: float, high: float, side: Side) -> float:
     """Return where a falling curve crosses ``delta``: the end of the last interval that keeps the bound true."""
-    low = 0.0
+    if delta_of(low) <= delta:
+        return low
     while high - low > 1e-9 * max(1.0, high):
         middle = (low + high) / 2
         low, high = (low, middle) if delta_of(middle) <= delta else (middle, high)
@@ -152,7 +163,9 @@ def _bisect(delta_of: Callable[[float], float], delta: float, high: float, side:
 
 def _epsilon(events: Sequence[Event], delta: float, side: Side) -> float:
     if not 0 < delta < 1:
-        raise PrivacyError(f"delta must lie strictly between 0 and 1, got {delta}: use 1/(10 N) for N declared patients")
+        raise PrivacyError(
+            f"delta must lie strictly between 0 and 1, got {delta}: use 1/(10 N) for N declared patients"
+        )
     if any(event.kind == "nonprivate" for event in events):
         return math.inf
     gaussian, sampled = _split(events)
@@ -181,57 +194,20 @@ def _unsampled(gaussian: float, sampled: Sequence[Event]) -> float:
     return math.sqrt(gaussian**2 + math.fsum(e.count / e.noise_multiplier**2 for e in sampled))
 
 
-@dataclass(frozen=True)
-class _Access:
-    """``count`` accesses with noise ``sigma`` at rate ``rate``."""
-
-    rate: float
-    sigma: float
-    count: int
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Masses of the cells of one direction: cell j spans the losses ``(first + j) width`` to ``(first + j + 1) width``.
-
-    The errors bound what rounding did to each mass; ``below`` and ``above`` are P's masses outside.
-    """
-
-    first: int
-    width: float
-    p: Array
-    q: Array
-    p_error: Array
-    q_error: Array
-    below: float
-    above: float
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """Loss of one access on the grid: ``mass[j]`` at ``(first + j) width``; ``correction[j]`` of merged cells."""
-
-    first: int
-    mass: Array
-    infinite: float
-    count: int
-    correction: Array | None = None
-
-
 def _sums(gaussian: float, sampled: Sequence[Event], delta: float, side: Side) -> list[_Sum] | None:
     """Return the composition in both directions, or None where a loss exceeds :data:`_LARGEST_LOSS`."""
-    accesses = [_Access(e.sampling_rate, e.noise_multiplier, e.count) for e in sampled]
+    accesses = [Access(e.sampling_rate, e.noise_multiplier, e.count) for e in sampled]
     if gaussian:
-        accesses.append(_Access(1.0, 1 / gaussian, 1))
+        accesses.append(Access(1.0, 1 / gaussian, 1))
     total = sum(access.count for access in accesses)
     reach = math.sqrt(2 * math.log(total / (_TAIL_SHARE * delta)))
-    ranges = [_loss_range(access, reach) for access in accesses]
+    ranges = [loss_range(access, reach) for access in accesses]
     if max(max(-low, high) for low, high in ranges) > _LARGEST_LOSS:
         return None
-    spread = math.sqrt(sum(_variance(access) * access.count for access in accesses))
+    spread = math.sqrt(sum(variance(access) * access.count for access in accesses))
     width = _width(spread, total, delta)
     while True:
-        cells = [_cells(access, *ends, width) for access, ends in zip(accesses, ranges, strict=True)]
+        cells = [cells_of(access, *ends, width) for access, ends in zip(accesses, ranges, strict=True)]
         sums = [_compose([c[way] for c in cells], accesses, width, spread, delta, side) for way in (0, 1)]
         done = [one for one in sums if one is not None]
         if len(done) == len(sums):
@@ -245,106 +221,21 @@ def _width(spread: float, total: int, delta: float) -> float:
     A split adds at most width^2 / 4 to the variance of a loss, and variance v raises epsilon by v (1/2 + theta).
     """
     theta = math.sqrt(2 * math.log(1 / delta)) / spread
-    variance = _TOLERANCE * min(1.0, spread) / (0.5 + theta)
-    return min(math.sqrt(4 * variance / total), spread / 50)
-
-
-def _log_ratio(access: _Access, x: Array) -> Array:
-    """Return log(M / N_0) at ``x``: M is the noisy output with the patient, N_0 without (Abadi et al. 2016, eq. 3)."""
-    exponent = (2 * x - 1) / (2 * access.sigma**2)
-    if access.rate == 1:
-        return exponent
-    return np.logaddexp(math.log1p(-access.rate), math.log(access.rate) + exponent)
-
-
-def _loss_range(access: _Access, reach: float) -> tuple[float, float]:
-    ends = np.array([-reach * access.sigma, 1 + reach * access.sigma])
-    low, high = _log_ratio(access, ends)
-    return float(low), float(high)
-
-
-def _variance(access: _Access) -> float:
-    z = np.linspace(-9, 9, 721)
-    weight = np.exp(-z * z / 2)
-    weight /= weight.sum()
-    parts = [(1 - access.rate, _log_ratio(access, z * access.sigma)), (access.rate, _log_ratio(access, 1 + z * access.sigma))]
-    mean = sum(share * float(weight @ loss) for share, loss in parts)
-    return sum(share * float(weight @ (loss - mean) ** 2) for share, loss in parts)
-
-
-def _cells(access: _Access, low: float, high: float, width: float) -> tuple[_Cells, _Cells]:
-    """Return the cells of the pair (M, N_0), a patient removed, and of (N_0, M), a patient added."""
-    first, last = math.floor(low / width), math.ceil(high / width)
-    edges = _edges(access, width * np.arange(first, last + 1))
-    n0, n0_error, n0_out = _masses(edges / access.sigma)
-    n1, n1_error, n1_out = _masses((edges - 1) / access.sigma)
-    mixed = [(1 - access.rate) * without + access.rate * with_ for without, with_ in zip(n0_out, n1_out, strict=True)]
-    m, m_error = (1 - access.rate) * n0 + access.rate * n1, (1 - access.rate) * n0_error + access.rate * n1_error
-    removed = _Cells(first, width, m, n0, m_error + _ULP * m, n0_error, *mixed)
-    swapped = (part[::-1] for part in (n0, m, n0_error, m_error + _ULP * m))
-    return removed, _Cells(-last, width, *swapped, n0_out[1], n0_out[0])
-
-
-def _edges(access: _Access, losses: Array) -> Array:
-    """Return the outputs ``x`` at which log(M / N_0) takes the given values (minus infinity below its infimum)."""
-    if access.rate == 1:
-        return losses * access.sigma**2 + 0.5
-    inner = access.rate - (1 - access.rate) * np.expm1(-losses)
-    positive = inner > 0
-    safe = np.where(positive, inner / access.rate, 1.0)
-    return np.where(positive, access.sigma**2 * (losses + np.log(safe)) + 0.5, -np.inf)
-
-
-def _masses(z: Array) -> tuple[Array, Array, tuple[float, float]]:
-    """Return the standard normal mass between neighbours of ``z``, a bound on its rounding, and both outer tails."""
-    tail = np.fromiter(map(math.erfc, (np.abs(z) / math.sqrt(2)).tolist()), dtype=np.float64, count=z.size) / 2
-    left, right = tail[:-1], tail[1:]
-    mass = np.where(z[:-1] >= 0, left - right, np.where(z[1:] <= 0, right - left, 1 - left - right))
-    below = float(tail[0] if z[0] <= 0 else 1 - tail[0])
-    above = float(tail[-1] if z[-1] >= 0 else 1 - tail[-1])
-    return np.maximum(mass, 0.0), 4 * _ULP * np.maximum(left, right), (below, above)
-
-
-def _split_cells(cells: _Cells, count: int, negligible: float) -> _Steps:
-    """Return the losses of a pair that dominates: each cell's masses sit on its two ends (connect the dots)."""
-    step = math.exp(-cells.width)
-    growth = np.exp(cells.width * (cells.first + np.arange(cells.p.size)))
-    to_lower = (cells.q * growth - step * cells.p) / (1 - step)
-    # Rounding may only move mass up.
-    to_lower -= (cells.q_error * growth + cells.p_error) / (1 - step)
-    to_lower = np.clip(to_lower, 0.0, cells.p)
-    mass = np.append(to_lower, 0.0)
-    mass[1:] += cells.p - to_lower
-    mass[0] += cells.below
-    return _Steps(cells.first, mass, cells.above, count)
-
-
-def _merge_cells(cells: _Cells, count: int, negligible: float) -> _Steps:
-    """Return the losses of a dominated pair: a cell is one outcome, its loss the cell's middle and a correction.
-
-    What lies below the grid, and cells of up to ``negligible`` mass in all, are left out (a loss of minus infinity);
-    what lies above takes the last edge's loss.
-    """
-    middles = cells.width * (cells.first + 0.5 + np.arange(cells.p.size))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        certain = np.log((cells.p - cells.p_error) / (cells.q + cells.q_error)) - middles
-    half = cells.width / 2
-    correction = np.clip(np.nan_to_num(certain, nan=-half, neginf=-half), -half, half)
-    kept = cells.p - cells.p_error > negligible / cells.p.size
-    mass = np.append(np.where(kept, cells.p - cells.p_error, 0.0), cells.above)
-    return _Steps(cells.first, mass, 0.0, count, np.append(correction, -half))
+    added = _TOLERANCE * min(1.0, spread) / (0.5 + theta)
+    return min(math.sqrt(4 * added / total), spread / 200)
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """The composed loss, tilted: ``weight[j]`` at ``losses[j]`` is P's mass times ``exp(theta loss - log_moment)``.
+    """The composed loss: P has ``mass[j]`` at ``losses[j]``.
 
-    ``error`` bounds the l1 error of ``weight`` and its mass outside the window; ``infinite`` is P's mass beyond all
-    grids; ``shift`` is what merged cells and edges may have moved the loss, with a chance of ``chance``.
+    ``error`` bounds the l1 error of the masses times ``exp(theta loss - log_moment)``, and those outside the window;
+    ``infinite`` is P's mass beyond all grids; ``shift`` is what merged cells and edges may have moved the loss, with a
+    chance of ``chance``.
     """
 
     losses: Array
-    weight: Array
+    mass: Array
     theta: float
     log_moment: float
     error: float
@@ -359,8 +250,7 @@ class _Sum:
         at = epsilon - self.shift if upper else epsilon + self.shift
         start = int(np.searchsorted(self.losses, at))
         losses = self.losses[start:]
-        untilt = np.exp(np.minimum(self.log_moment - self.theta * losses, 700.0))
-        found = float(np.sum(self.weight[start:] * untilt * -np.expm1(at - losses)))
+        found = float(self.mass[start:] @ -np.expm1(at - losses))
         slack = self.error * math.exp(min(self.log_moment - self.theta * at, 700.0))
         if upper:
             return min(1.0, found + slack + self.infinite)
@@ -368,29 +258,30 @@ class _Sum:
 
     def epsilon(self, delta: float) -> float:
         """Return a bound on epsilon at ``delta``; infinite where the upper bound never falls so low."""
-        if self.delta(0.0) <= delta:
+        high = max(0.0, float(self.losses[-1])) + 2 * self.shift + 1
+        if self.side == "upper":
+            return _bisect(self.delta, delta, 0.0, high, "upper") if self.delta(high) <= delta else math.inf
+        # Taking the error off delta costs everything far below epsilon: look for the last place where it does not.
+        places = np.linspace(0.0, high, 129)
+        above = [index for index, place in enumerate(places) if self.delta(float(place)) > delta]
+        if not above:
             return 0.0
-        high = float(self.losses[-1]) + 2 * abs(self.shift) + 1
-        while self.delta(high) > delta:
-            high *= 2
-            if high > 1e6:
-                return math.inf
-        return _bisect(self.delta, delta, high, self.side)
+        last = above[-1]
+        return _bisect(self.delta, delta, float(places[last]), float(places[min(last + 1, 128)]), "lower")
 
 
 def _compose(
-    cells: Sequence[_Cells], accesses: Sequence[_Access], width: float, spread: float, delta: float, side: Side
+    cells: Sequence[Cells], accesses: Sequence[Access], width: float, spread: float, delta: float, side: Side
 ) -> _Sum | None:
     """Return the composition of one direction, or None if its window needs more than :data:`_LONGEST` points."""
-    read = _split_cells if side == "upper" else _merge_cells
+    read = split_cells if side == "upper" else merge_cells
     total = sum(access.count for access in accesses)
     negligible = _CORRECTION_SHARE * delta / total
     steps = [read(one, access.count, negligible) for one, access in zip(cells, accesses, strict=True)]
     offset = 0.0 if side == "upper" else width / 2 * total
     thetas, moments = _log_moments(steps, width, spread)
-    chosen = _tilt(thetas, moments, delta)
+    chosen, low, high = _tilt(thetas, moments, delta)
     theta = float(thetas[chosen])
-    low, high = _window(thetas, moments, chosen)
     first, length = math.floor(low / width), math.ceil((high - low) / width) + 2
     if length > _LONGEST:
         return None
@@ -398,13 +289,16 @@ def _compose(
     weight, log_moment, error = _powers(steps, width, theta, size)
     # Sums are known modulo the window: put each at its place in it.
     weight = np.roll(weight, -(first % size))
-    losses = width * (first + np.arange(size)) + offset
-    shift, chance = (0.0, 0.0) if side == "upper" else _correction(steps, delta)
+    losses: Array = width * np.arange(first, first + size, dtype=np.float64) + offset
+    log_moment += theta * offset
+    kept = int(np.searchsorted(losses, 0.0))
+    chance = 0.0 if side == "upper" else _CORRECTION_SHARE * delta
+    shift = correction_of(steps, chance) if chance else 0.0
     return _Sum(
-        losses,
-        weight,
+        losses[kept:],
+        (weight * np.exp(np.minimum(log_moment - theta * losses, 700.0)))[kept:],
         theta,
-        log_moment + theta * offset,
+        log_moment,
         error + 2 * _WRAP_SHARE,
         sum(step.count * step.infinite for step in steps),
         shift + _EDGE_ERROR * total * (1 + abs(theta)),
@@ -413,7 +307,7 @@ def _compose(
     )
 
 
-def _log_moments(steps: Sequence[_Steps], width: float, spread: float) -> tuple[Array, Array]:
+def _log_moments(steps: Sequence[Losses], width: float, spread: float) -> tuple[Array, Array]:
     """Return thetas in rising order, 0 among them, and the log of E[exp(theta loss)] of the composition."""
     doublings = max(8, math.ceil(math.log2(40 / spread / 0.02)))
     positive = np.concatenate([0.02 * root * 2.0 ** np.arange(doublings) for root in (1.0, math.sqrt(2))])
@@ -437,12 +331,20 @@ def _log_moments(steps: Sequence[_Steps], width: float, spread: float) -> tuple[
     return thetas, np.concatenate([totals[0][order][::-1], totals[1][:1], totals[2][order]])
 
 
-def _tilt(thetas: Array, moments: Array, delta: float) -> int:
-    """Return the index of the theta of the smallest Chernoff bound on epsilon."""
+def _tilt(thetas: Array, moments: Array, delta: float) -> tuple[int, float, float]:
+    """Return the index of a theta and its window (see :func:`_window`).
+
+    The smallest Chernoff bound on epsilon makes the errors smallest, but rare large losses may make its window huge:
+    of it and the thetas down to a quarter, the largest is taken whose window is at most twice the shortest.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         bounds = np.where((thetas > 0) & np.isfinite(moments), (moments - math.log(delta)) / thetas, np.inf)
-    # The window needs moments beyond it, up to twice theta at least.
-    return min(int(np.argmin(bounds)), int(np.flatnonzero(np.isfinite(moments))[-1]) - 2)
+    # The window needs a finite moment beyond theta.
+    best = min(int(np.argmin(bounds)), int(np.flatnonzero(np.isfinite(moments))[-1]) - 1)
+    lowest = int(np.flatnonzero(thetas > 0)[0])
+    windows = [(index, *_window(thetas, moments, index)) for index in range(max(lowest, best - 4), best + 1)]
+    shortest = min(high - low for _, low, high in windows)
+    return [window for window in windows if window[2] - window[1] <= 2 * shortest][-1]
 
 
 def _window(thetas: Array, moments: Array, chosen: int) -> tuple[float, float]:
@@ -457,10 +359,10 @@ def _window(thetas: Array, moments: Array, chosen: int) -> tuple[float, float]:
     return low, high
 
 
-def _powers(steps: Sequence[_Steps], width: float, theta: float, size: int) -> tuple[Array, float, float]:
+def _powers(steps: Sequence[Losses], width: float, theta: float, size: int) -> tuple[Array, float, float]:
     """Return the tilted sum modulo ``size`` cells, the log of its normaliser, and a bound on its l1 error."""
     # Error of one coefficient of a transform of a distribution, with room (Higham 2002, theorem 24.2).
-    rounding = 8 * _ULP * math.log2(size)
+    rounding = 3 * _ULP * math.log2(size)
     exponent = np.zeros(size // 2 + 1, dtype=np.complex128)
     magnitude, slope = np.zeros(size // 2 + 1), np.zeros(size // 2 + 1)
     log_moment = 0.0
@@ -484,19 +386,3 @@ def _powers(steps: Sequence[_Steps], width: float, theta: float, size: int) -> t
     spectrum = rounding * (1 + slope) * np.exp(magnitude)
     error = math.sqrt(2 * float(np.sum(spectrum**2)))
     return np.fft.irfft(composed, size), log_moment, error
-
-
-def _correction(steps: Sequence[_Steps], delta: float) -> tuple[float, float]:
-    """Return by how much merged cells overstate the summed loss, except with a small chance (Chernoff)."""
-    chance = _CORRECTION_SHARE * delta
-    parts = [(step.count, step.mass, step.correction) for step in steps if step.correction is not None]
-    variance = sum(count * float(mass @ correction**2) for count, mass, correction in parts)
-    if variance == 0:
-        return 0.0, 0.0
-    best = math.inf
-    for power in range(-12, 3):
-        scale = 2.0**power * math.sqrt(-2 * math.log(chance) / variance)
-        with np.errstate(over="ignore"):
-            moment = sum(count * math.log(float(mass @ np.exp(-scale * c))) for count, mass, c in parts)
-        best = min(best, (moment - math.log(chance)) / scale)
-    return best, chance
