@@ -124,6 +124,17 @@ def the_linkage_rule_is_not_stated(original: Any) -> Any:
     return lambda config: ""
 
 
+@takes_out(
+    "privacy.accounts.Accounts.holders",
+    (2, 14),
+    "privacy/test_account.py::test_runs_on_the_same_patients_share_an_account_whatever_their_folders",
+    "privacy/test_account.py::test_a_cohort_in_two_accounts_joins_them",
+    "privacy/test_account.py::test_the_limit_is_for_all_runs_together",
+)
+def nobody_is_recognised_in_another_run(original: Any) -> Any:
+    return lambda self, references: set()
+
+
 # -------------------------------------------------------------------- 3: nothing is derived from the number of patients
 
 
@@ -296,6 +307,30 @@ def training_is_reserved_without_a_preflight(original: Any) -> Any:
     return lambda *_: None
 
 
+@takes_out(
+    "privacy.engine.bookkeeping._Books.close",
+    8,
+    "privacy/test_gradients.py::test_every_clipped_norm_is_at_most_the_bound",
+)
+def the_engine_does_not_clip(original: Any) -> Any:
+    return lambda self, norms, clip_norm, parameters: original(self, norms, 1e12, parameters)
+
+
+@takes_out(
+    "privacy.engine.bookkeeping._Books.norms",
+    (7, 8),
+    "privacy/test_gradients.py::test_pitfall_07_a_patient_that_is_not_finite_adds_nothing",
+    "privacy/test_gradients.py::test_backends_equal_a_naive_loop",
+)
+def the_engine_takes_every_norm_for_one_half(original: Any) -> Any:
+    def norms(self: Any) -> Any:
+        found = original(self)
+        self._finite = found.isfinite() | True
+        return found * 0 + 0.5
+
+    return norms
+
+
 # ---------------------------------------------------------------------------------------- 9: operations across patients
 
 
@@ -447,6 +482,16 @@ def pairs_are_rejected_after_rendering(original: Any) -> Any:
     return lambda *given: original(*given)[1:]
 
 
+@takes_out(
+    "privacy.audit.finding.refusals",
+    13,
+    "release/test_audits.py::test_a_bound_above_the_claim_refuses",
+    "release/test_audits.py::test_an_audit_that_missed_its_control_refuses",
+)
+def a_red_audit_stops_nothing(original: Any) -> Any:
+    return lambda findings: []
+
+
 # ---------------------------------------------------------------------------- 14: restarts, sweeps, choices are charged
 
 
@@ -489,6 +534,27 @@ def abandoned_runs_are_forgotten(original: Any) -> Any:
     return lambda entries: original([entry for entry in entries if entry["status"] == "complete"])
 
 
+@takes_out("privacy.account._check_limits", 14, "privacy/test_account.py::test_the_limit_is_for_all_runs_together")
+def an_account_has_no_limit(original: Any) -> Any:
+    return lambda *_: None
+
+
+@takes_out(
+    "privacy.account._check_sweep",
+    14,
+    "privacy/test_account.py::test_pitfall_14_a_sweep_has_no_more_studies_than_it_declared",
+)
+def a_sweep_has_no_end(original: Any) -> Any:
+    return lambda *_: None
+
+
+@takes_out(
+    "privacy.ledger.trials_of", 14, "privacy/test_account.py::test_pitfall_14_a_declared_sweep_is_charged_as_a_whole"
+)
+def a_sweep_is_charged_as_one_study(original: Any) -> Any:
+    return lambda record: 1
+
+
 # -------------------------------------------------------------------------------------------------- 15: internal values
 
 
@@ -528,6 +594,16 @@ def a_preview_is_packed(original: Any) -> Any:
 @takes_out("release.checks.files", 15, f"{VERIFY}[file_added]", f"{VERIFY}[file_dropped]", f"{VERIFY}[image_byte]")
 def verify_does_not_look_at_files(original: Any) -> Any:
     return lambda *_: []
+
+
+@takes_out(
+    "accidents.describe",
+    15,
+    "test_accidents.py::test_an_unforeseen_error_names_no_value_and_keeps_its_traceback_inside",
+    "test_accidents.py::test_a_verb_without_a_run_folder_keeps_quiet_too",
+)
+def an_unforeseen_error_is_printed_as_it_is(original: Any) -> Any:
+    return lambda error: f"{original(error)}: {error}"
 
 
 # -------------------------------------------------------------------------------------------- 16: randomness and resume
@@ -706,6 +782,11 @@ def ancestors_may_change(original: Any) -> Any:
 )
 def accountants_may_disagree(original: Any) -> Any:
     return lambda events, delta: {"pld": 1.0}
+
+
+@takes_out("release.keys._read_private", 18, "release/test_keys.py::test_a_key_that_others_may_read_is_refused")
+def others_may_read_the_signing_key(original: Any) -> Any:
+    return lambda path: path.read_bytes()
 
 
 # ------------------------------------------------------------------------------ 19, 20, 21: segmenter, headers, sources
