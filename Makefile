@@ -11,11 +11,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test mutants slow realdata endtoend check format bench docs clean
+.PHONY: bench-dp help demo test mutants slow realdata endtoend check format bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# a site of its own: phantoms of earlier demos are no patients of this one
+demo: export MEDSYNTH_HOME := $(CURDIR)/$(DEMO)/site
 demo: $(READY) ## a phantom hospital goes through all stages; ends with a summary
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
@@ -55,8 +57,10 @@ format: $(READY) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## time and memory of per-patient gradients against a plain step
-	$(BIN)/python pipelines/bench_dp_step.py
+bench: bench-dp ## the same as bench-dp
+
+bench-dp: $(READY) ## time, memory and correctness of private steps against a plain one
+	$(BIN)/python -m pipelines.bench
 
 docs: $(READY) ## build the documentation into build/site
 	$(BIN)/python docs/write_config_reference.py > docs/reference/config.md
