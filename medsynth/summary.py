@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def summary(study: Study, run: Path) -> str:
         ("pairs out", store.read_manifest(run / "synthetic").details["pairs"]),
         ("epsilon", _epsilon(study, report)),
         *((f"Dice {name.replace('_', ' ')}", _dice(report, name)) for name in report["dice"]),
+        ("audits", _audits(report.get("audits", []))),
         ("image-blind floor", f"{report['floor']['mean']:.3f}"),
         ("report", run / "report" / "report.html"),
         ("release", run / "release"),
@@ -31,6 +33,11 @@ def summary(study: Study, run: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])
+
+
+def _audits(findings: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(str(finding["verdict"]) for finding in findings)
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "none"
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

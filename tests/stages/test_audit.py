@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from medsynth import config, study
 from medsynth.config import Study
 from medsynth.errors import CertificationError, StoreError
 from medsynth.imaging.cohort import Patient
-from medsynth.privacy.audit.finding import Finding, refusals
+from medsynth.privacy.audit.finding import Control, Finding, refusals
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.mechanism import GaussianSum
 from medsynth.release.audits import read_findings
-from medsynth.stages import audit, audit_mechanisms, certify, synthesise, train
+from medsynth.stages import audit, audit_mechanisms, certify, report_page, synthesise, train
 from medsynth.stages.audit_results import Sides, allowed_area, audit_pairs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -179,8 +180,6 @@ class _Refused:
 
     @staticmethod
     def one(outcome: str) -> Finding:
-        from medsynth.privacy.audit.finding import Control
-
         control = (Control("no clip", 9.0, True),)
         return Finding("step", "x", "epsilon", 2.0, 2.0, 3.0, 1.0, outcome, True, control, "", False)  # type: ignore[arg-type]  # the outcome is a parameter
 
@@ -217,3 +216,13 @@ def test_a_red_audit_stops_the_certificate(
     more = {"audit": tmp_path / "audit", "keys": tmp_path / "keys"}
     with pytest.raises(CertificationError, match=r"audit 'distributional step' of '\w+' failed.*at least 99"):
         certify.run(tiny, {**inputs, **more}, tmp_path / "certificate", Tracker())
+
+
+def test_the_report_shows_every_audit_beside_its_control_and_says_what_was_missed() -> None:
+    missed = Control("half the <noise>", 1.0, False)
+    table = report_page._audits(
+        [_Refused.one("pass").to_json(), replace(_Refused.one("pass"), controls=(missed,)).to_json()]
+    )
+    assert "caught: no clip" in table and "<b>MISSED</b>: half the &lt;noise&gt;" in table
+    assert '<span class="pass">pass</span>' in table and '<span class="fail">broken</span>' in table
+    assert report_page._audits([]) == ""
