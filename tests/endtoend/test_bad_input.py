@@ -30,9 +30,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
 
 
 def leftovers(run: Path) -> list[str]:
-    return sorted(
-        path.name for path in run.glob("*") if path.name not in ("mlflow", "ledger.jsonl", "ledger.jsonl.lock")
-    )
+    kept = ("mlflow", "study.yaml", "ledger.jsonl", "ledger.jsonl.lock")
+    return sorted(path.name for path in run.glob("*") if path.name not in kept)
 
 
 def test_an_empty_folder(study: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
