@@ -191,6 +191,8 @@ def main() -> int:
     chosen = arguments.parse_args()
     wanted = chosen.only.split(",")
     mutants = [m for m in MUTANTS if any(text in m.name or text in m.guard for text in wanted)]
+    if not mutants:
+        raise SystemExit(f"no mutant is named {chosen.only!r}: see tests/mutants/table.py")
     started = time.monotonic()
     import_everything()
     print(f"imports {time.monotonic() - started:.0f} s; {len(mutants)} mutants", flush=True)
