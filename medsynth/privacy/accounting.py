@@ -1,8 +1,8 @@
 """What a list of executed mechanisms costs: (epsilon, delta) for one patient added or removed.
 
-Every number is an upper bound that is rounded up. Three accountants can be asked: ``pld`` (Google's dp-accounting,
-the number that is claimed; no torch), and ``prv`` and ``rdp`` (Opacus, to check it: PRV agrees within 0.02, RDP is
-looser). This module imports no torch.
+Every number is an upper bound that is rounded up. Four accountants can be asked: ``pld`` (Google's dp-accounting, the
+number that is claimed), ``own`` (:mod:`medsynth.privacy.pld`, numpy only), and ``prv`` and ``rdp`` (Opacus: PRV
+agrees within 0.02, RDP is looser). This module imports neither torch nor scipy nor dp-accounting before it is asked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ Accountant = Literal["pld", "own", "prv", "rdp"]
 FINE_INTERVAL = 1e-4
 COARSE_INTERVAL = 1e-3
 _DECIMALS = 4
+DISTINCT = 96
+"""Different mechanisms that are composed as they are; of more, noise is rounded down and rates up (:func:`coarsen`)."""
+LIBRARY_DISTINCT = 16
+"""dp-accounting takes up to 0.3 s for each different mechanism: with more of them, our own accountant answers."""
+LIBRARY_NOISE = 0.2
+"""Below, the grid of dp-accounting takes half a minute and gigabytes; our own accountant needs neither."""
+_CHECK_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,24 @@ class Event:
         if self.kind not in ("gaussian", "subsampled_gaussian", "nonprivate"):
             raise PrivacyError(f"unknown event kind '{self.kind}': expected gaussian, subsampled_gaussian, nonprivate")
         if self.kind != "nonprivate" and not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise PrivacyError(f"a {self.kind} event needs noise_multiplier > 0, got {self.noise_multiplier}")
-        if not 0 < self.sampling_rate <= 1 or (self.kind == "gaussian" and self.sampling_rate != 1):
-            raise PrivacyError(f"a {self.kind} event cannot have sampling_rate {self.sampling_rate}")
-        if not isinstance(self.count, int) or self.count < 1:
-            raise PrivacyError(f"an event needs a whole count >= 1, got {self.count}")
+            raise PrivacyError(
+                f"a {self.kind} event needs a finite noise_multiplier > 0, got {self.noise_multiplier}: "
+                "access without noise is an event of kind nonprivate, which no budget allows"
+            )
+        if self.kind == "gaussian" and self.sampling_rate != 1:
+            raise PrivacyError(
+                f"a gaussian event reads every patient and has sampling_rate 1, got {self.sampling_rate}: "
+                "use kind subsampled_gaussian for a coin a patient"
+            )
+        if not 0 < self.sampling_rate <= 1:
+            raise PrivacyError(
+                f"a {self.kind} event needs a sampling_rate in (0, 1], got {self.sampling_rate}: "
+                "it is the probability of a patient's coin, never a batch size"
+            )
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise PrivacyError(
+                f"an event needs a whole count >= 1, got {self.count}: leave out a mechanism that does not run"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as JSON values."""
@@ -83,30 +103,38 @@ def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld
     *Guarantees*: publishing the outputs of all events is (epsilon, delta)-differentially private for the addition or
     removal of one patient, provided that each event's sensitivity and sampling were as recorded.
 
+    More than :data:`DISTINCT` different mechanisms are composed as :func:`coarsen` leaves them, by every accountant.
+    Where dp-accounting is out of its depth (more than :data:`LIBRARY_DISTINCT` different mechanisms, or noise below
+    :data:`LIBRARY_NOISE`), ``pld`` is our own upper bound.
+
     Args:
         events: everything that was (or will be) executed; order does not matter.
         delta: in (0, 1).
-        accountant: ``pld`` (claimed), ``prv`` or ``rdp`` (checks; these two import torch).
+        accountant: ``pld`` (claimed), ``own``, ``prv`` or ``rdp`` (checks; the last two import torch).
 
     Raises:
-        PrivacyError: delta out of range or an unknown accountant.
+        PrivacyError: delta out of range, an unknown accountant, one that is not installed, or one that gives up or
+            says less than our own lower bound.
     """
     if not 0 < delta < 1:
-        raise PrivacyError(f"delta must lie in (0, 1), got {delta}")
-    merged = merge(events)
+        raise PrivacyError(f"delta must lie strictly between 0 and 1, got {delta}: use 1/(10 N) for N declared patients")
+    merged = coarsen(events)
     if any(event.kind == "nonprivate" for event in merged):
         return math.inf
     if not merged:
         return 0.0
+    # By name: `medsynth verify` uses this module and must depend neither on torch, which Opacus imports, nor on scipy.
+    own = importlib.import_module("medsynth.privacy.pld")
+    if accountant == "own" or (accountant == "pld" and _beyond_library(merged)):
+        return _round_up(own.epsilon_upper(merged, delta))
     if accountant == "pld":
-        return _round_up(pld_epsilon(merged, delta, FINE_INTERVAL))
-    if accountant == "own":
-        return _round_up(importlib.import_module("medsynth.privacy.pld").epsilon_upper(merged, delta))
-    if accountant in ("prv", "rdp"):
-        # By name, because `medsynth verify` uses this module and must not depend on torch, which Opacus imports.
+        found = pld_epsilon(merged, delta, FINE_INTERVAL)
+    elif accountant in ("prv", "rdp"):
         opacus_accounting = importlib.import_module("medsynth.privacy.opacus_accounting")
-        return _round_up(opacus_accounting.epsilon(merged, delta, accountant))
-    raise PrivacyError(f"unknown accountant '{accountant}': expected pld, prv or rdp")
+        found = opacus_accounting.epsilon(merged, delta, accountant)
+    else:
+        raise PrivacyError(f"unknown accountant '{accountant}': expected pld, own, prv or rdp")
+    return _round_up(_checked(found, own.epsilon_lower(merged, delta), accountant))
 
 
 def epsilon_at(events: Sequence[Event], deltas: Sequence[float], accountant: Accountant = "pld") -> dict[float, float]:
@@ -134,12 +162,49 @@ def membership_bound(epsilon: float, delta: float, false_positive_rate: float) -
 
 
 def merge(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Return equal mechanisms as one event with the sum of their counts, in a canonical order."""
+    """Return equal mechanisms as one event with the sum of their counts, in a canonical order.
+
+    A coin that always falls on the patient's side is no coin: rate 1 is ``gaussian``.
+    """
     counts: dict[tuple[Kind, float, float], int] = {}
     for event in events:
-        key = (event.kind, event.noise_multiplier, event.sampling_rate)
+        kind: Kind = "gaussian" if event.kind != "nonprivate" and event.sampling_rate == 1 else event.kind
+        key = (kind, event.noise_multiplier, event.sampling_rate)
         counts[key] = counts.get(key, 0) + event.count
     return tuple(Event(*key, count) for key, count in sorted(counts.items()))
+
+
+def coarsen(events: Sequence[Event], most: int | None = None) -> tuple[Event, ...]:
+    """Return merged events, at most ``most`` different ones; composing them costs no less than composing ``events``.
+
+    Noise is rounded down and rates up, on the finest geometric grid that leaves few enough; less noise and a larger
+    rate dominate. Gaussian events without sampling compose exactly into one (Dong, Roth, Su 2022, corollary 3.3).
+
+    Args:
+        events: what was executed.
+        most: number of different mechanisms; default :data:`DISTINCT`.
+    """
+    merged, most = merge(events), DISTINCT if most is None else most
+    if len(merged) <= most:
+        return merged
+    squares = math.fsum(e.count / e.noise_multiplier**2 for e in merged if e.kind == "gaussian")
+    # A few units in the last place down: the sum and the root are rounded.
+    fixed = [Event("gaussian", (1 - 1e-14) / math.sqrt(squares))] if squares else []
+    fixed += [event for event in merged if event.kind == "nonprivate"]
+    sampled = [event for event in merged if event.kind == "subsampled_gaussian"]
+    grid, rounded = 2.0**-14, tuple(sampled)
+    while len(rounded) + len(fixed) > max(most, 1 + len(fixed)):
+        rounded = merge([_rounded(event, grid) for event in sampled])
+        grid *= math.sqrt(2)
+    return merge([*fixed, *rounded])
+
+
+def _rounded(event: Event, grid: float) -> Event:
+    sigma = math.exp(grid * math.floor(math.log(event.noise_multiplier) / grid))
+    rate = math.exp(grid * math.ceil(math.log(event.sampling_rate) / grid))
+    # exp and log are rounded themselves: never past the true value.
+    sigma, rate = min(sigma, event.noise_multiplier), min(1.0, max(rate, event.sampling_rate))
+    return Event("subsampled_gaussian", sigma, rate, event.count)
 
 
 @lru_cache(maxsize=256)
@@ -153,8 +218,11 @@ def pld_epsilon(events: tuple[Event, ...], delta: float, interval: float) -> flo
         delta: in (0, 1).
         interval: step of the privacy-loss grid; larger is faster and never lower.
     """
-    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-    from dp_accounting.pld import PLDAccountant
+    try:
+        from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+        from dp_accounting.pld import PLDAccountant
+    except ImportError as error:
+        raise PrivacyError("accountant 'pld' needs dp-accounting: install it, or ask for accountant 'own'") from error
 
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
     for event in events:
@@ -164,6 +232,20 @@ def pld_epsilon(events: tuple[Event, ...], delta: float, interval: float) -> flo
         else:
             accountant.compose(PoissonSampledDpEvent(event.sampling_rate, gaussian), event.count)
     return float(accountant.get_epsilon(delta))
+
+
+def _beyond_library(events: tuple[Event, ...]) -> bool:
+    return len(events) > LIBRARY_DISTINCT or min(event.noise_multiplier for event in events) < LIBRARY_NOISE
+
+
+def _checked(found: float, lower: float, accountant: str) -> float:
+    """Return what another accountant found, unless it cannot be an upper bound."""
+    if math.isnan(found) or found < lower - _CHECK_TOLERANCE:
+        raise PrivacyError(
+            f"accountant '{accountant}' says epsilon {found:.6f} where at least {lower:.6f} is certain: it gave up on "
+            "these events; ask for accountant 'own', and report the events"
+        )
+    return found
 
 
 def _round_up(value: float) -> float:

@@ -55,6 +55,7 @@ _WRAP_SHARE = 1e-10
 _CORRECTION_SHARE = 1e-3
 # Discretisation may add this much to epsilon (and about as much is taken off the lower bound) at a spread of 1.
 _TOLERANCE = 2e-4
+_MANY = 16
 _LONGEST = 2**21
 # exp of a loss must stay a double.
 _LARGEST_LOSS = 600.0
@@ -205,7 +206,7 @@ def _sums(gaussian: float, sampled: Sequence[Event], delta: float, side: Side) -
     if max(max(-low, high) for low, high in ranges) > _LARGEST_LOSS:
         return None
     spread = math.sqrt(sum(variance(access) * access.count for access in accesses))
-    width = _width(spread, total, delta)
+    width = _width(spread, total, delta, len(accesses))
     while True:
         cells = [cells_of(access, *ends, width) for access, ends in zip(accesses, ranges, strict=True)]
         sums = [_compose([c[way] for c in cells], accesses, width, spread, delta, side) for way in (0, 1)]
@@ -215,13 +216,14 @@ def _sums(gaussian: float, sampled: Sequence[Event], delta: float, side: Side) -
         width *= 2
 
 
-def _width(spread: float, total: int, delta: float) -> float:
+def _width(spread: float, total: int, delta: float, kinds: int) -> float:
     """Return the width of a cell for which connecting the dots adds some :data:`_TOLERANCE` to epsilon.
 
     A split adds at most width^2 / 4 to the variance of a loss, and variance v raises epsilon by v (1/2 + theta).
     """
     theta = math.sqrt(2 * math.log(1 / delta)) / spread
-    added = _TOLERANCE * min(1.0, spread) / (0.5 + theta)
+    # A schedule of many mechanisms was rounded by more than this already (see accounting.coarsen).
+    added = _TOLERANCE * (10 if kinds > _MANY else 1) * min(1.0, spread) / (0.5 + theta)
     return min(math.sqrt(4 * added / total), spread / 200)
 
 
