@@ -863,6 +863,15 @@ def each_shard_adds_its_noise(original: Any) -> Any:
 
 
 @takes_out(
+    "privacy.distributed.Ranks.noisy_mean",
+    22,
+    "privacy/test_distributed.py::test_pitfall_22_other_ranks_draw_no_noise",
+)
+def each_rank_adds_its_noise(original: Any) -> Any:
+    return lambda self, mechanism, found, entropy: mechanism.noisy_mean(found.tensors, entropy)
+
+
+@takes_out(
     "privacy.mechanism.GaussianSum.release",
     (22, 23),
     "privacy/test_mechanism.py::test_the_noise_has_the_planned_size_and_is_drawn_once",
