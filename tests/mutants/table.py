@@ -620,14 +620,18 @@ def noise_is_seeded(original: Any) -> Any:
 
 
 @takes_out(
-    "privacy.entropy.ChaChaEntropy._words",
+    "privacy.entropy.ChaChaEntropy._bytes",
     16,
     "privacy/test_mechanism.py::test_pitfall_16_a_forked_process_draws_other_noise",
 )
 def a_fork_repeats_the_noise(original: Any) -> Any:
-    import numpy
+    import os
 
-    return lambda self, count: numpy.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
+    def _bytes(self: Any, needed: int, buffer: bytearray) -> bytearray:
+        self._process = os.getpid()
+        return original(self, needed, buffer)
+
+    return _bytes
 
 
 @takes_out(
