@@ -34,7 +34,7 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("encode.zzz", 1, "encode.zzz: unknown key; known: codec"),
         ("train.steps", "many", "train.steps: Input should be a valid integer"),
         ("train.sampling_rate", 1.5, "train.sampling_rate: Input should be less than or equal to 1"),
-        ("privacy.epsilon", 0, "privacy.epsilon: Input should be greater than 0"),
+        ("privacy.epsilon", 0, "privacy: epsilon must be above 0"),
         ("privacy.epsilon", ".nan", "privacy.epsilon"),
         ("privacy.delta", 0.01, "delta 0.01 is above 1/(10 N) = 0.00625 for 16 declared patients"),
         ("privacy.entropy", "fixed", "privacy.entropy"),
@@ -139,3 +139,30 @@ def test_sections_are_frozen(tiny_settings: dict[str, Any]) -> None:
     study = config.parse(tiny_settings)
     with pytest.raises(ValidationError):
         study.privacy.epsilon = 100.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("privacy", "epsilon", 0, "epsilon must be above 0, got 0"),
+        ("privacy", "epsilon", -3, "epsilon must be above 0"),
+        ("privacy", "epsilon", "nan", "epsilon must be above 0, got nan: 1 to 10 are usual"),
+        ("privacy", "epsilon", "-inf", "epsilon must be above 0"),
+        ("privacy", "delta", 0, r"at most 1/\(10 N\), got 0"),
+        ("privacy", "delta", 1, r"at most 1/\(10 N\), got 1"),
+        ("privacy", "delta", "nan", "got nan"),
+        ("privacy", "delta", 0.0625, r"above 1/\(10 N\) = 0.00625 for 16 declared patients: lower it"),  # 1/N
+        ("privacy", "delta", 0.007, r"above 1/\(10 N\)"),
+        ("privacy", "trials", 0, "privacy.trials"),
+        ("privacy", "declared_patients", 0, "privacy.declared_patients"),
+        ("train", "sampling_rate", 0, "train.sampling_rate"),
+        ("train", "sampling_rate", 1.5, "train.sampling_rate"),
+        ("train", "sampling_rate", "nan", "train.sampling_rate"),
+        ("train", "clip_norm", 0, "train.clip_norm"),
+    ],
+)
+def test_a_promise_that_is_none_is_refused_with_what_to_do(
+    tiny_settings: dict[str, Any], section: str, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.parse({**tiny_settings, section: {**tiny_settings[section], name: value}})

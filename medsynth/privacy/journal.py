@@ -119,9 +119,12 @@ class StepJournal:
             with self.path.open("r+b") as handle:
                 handle.truncate(len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as error:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
             raise PrivacyError("the step journal is damaged: reserve a new run") from error
+        if not all(isinstance(line, dict) for line in lines):
+            raise PrivacyError("the step journal is damaged: reserve a new run")
+        return lines
 
     def _append(self, value: dict[str, int]) -> None:
         with self.path.open("ab") as handle:

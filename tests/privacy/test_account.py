@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -317,3 +321,37 @@ def test_processes_of_many_runs_cannot_overspend_together(site: Site) -> None:
     found = account(site.ledger("first", {ANNA})).others([])
     assert found.studies == 3 and found.events == (Event("gaussian", 1.5, count=3),)
     assert len([path for path in site.folder.glob("run*.jsonl") if Ledger(path).entries()]) == 3
+
+
+RESERVES = """
+import sys
+from pathlib import Path
+from medsynth.privacy.account import open_account
+from medsynth.privacy.accounting import Event
+from medsynth.privacy.ledger import Ledger
+folder = Path(sys.argv[1])
+path = folder / "run.jsonl"
+ledger = Ledger(path, open_account(folder / "home" / "accounts", {"a1" * 32}, ledger=path, cohort="a" * 64))
+while True:
+    print(ledger.reserve("masks", [Event("gaussian", 200.0)], epsilon=8.0, delta=1e-4, noise_source="os",
+                         config_digest="c" * 64, parents={"cohort": "a" * 64}), flush=True)
+"""
+
+
+def test_kill_nine_loses_no_reservation_that_was_acted_on(site: Site, root: Path) -> None:
+    acted_on: list[str] = []
+    for turn in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", RESERVES, str(site.folder)], cwd=root, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        acted_on += [process.stdout.readline().strip() for _ in range(2 + turn)]
+        os.kill(process.pid, signal.SIGKILL)
+        acted_on += process.stdout.read().split("\n")[:-1]
+        process.stdout.close()
+        process.wait()
+    ledger = site.ledger("run", {ANNA})
+    own = [entry["id"] for entry in ledger.entries()]
+    known = [line["entry"] for line in account(ledger).lines() if line["type"] == "reserve"]
+    assert set(acted_on) <= set(own) <= set(known) and len(acted_on) >= 14
+    assert len(known) - len(acted_on) <= 4, "at most the one in hand at each kill"

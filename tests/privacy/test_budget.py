@@ -7,9 +7,19 @@ import math
 import pytest
 
 from medsynth.config import Appearance, Masks, Privacy, Shares, Train
-from medsynth.errors import BudgetError
+from medsynth.errors import BudgetError, PrivacyError
 from medsynth.privacy.accounting import epsilon
-from medsynth.privacy.budget import MASK_SUMS, plan_budget
+from medsynth.privacy.budget import (
+    ADVISED,
+    MASK_SUMS,
+    balance,
+    epsilon_for,
+    gaussian_delta,
+    gaussian_mu,
+    most_steps,
+    plan_at_noise,
+    plan_budget,
+)
 
 TRAIN = Train(steps=100)
 
@@ -63,3 +73,35 @@ def test_infinite_epsilon_plans_nonprivate_events() -> None:
 def test_a_training_share_of_nothing_is_refused() -> None:
     with pytest.raises(BudgetError, match="shares"):
         plan_budget(_privacy(0.5, shares=Shares(masks=1e6, appearance=1e6, training=1e-9)), TRAIN, Masks())
+
+
+def test_pitfall_14_the_noise_of_a_sweep_lets_all_trials_fit_together() -> None:
+    alone, sweep = plan_budget(_privacy(3.0), TRAIN, Masks()), plan_budget(_privacy(3.0, trials=4), TRAIN, Masks())
+    assert sweep.masks_noise_multiplier == pytest.approx(2 * alone.masks_noise_multiplier)
+    assert sweep.training_noise_multiplier > alone.training_noise_multiplier
+    assert 0.99 * 3 <= sweep.epsilon <= 3
+    assert sweep.epsilon == epsilon(list(sweep.all_events) * 4, sweep.delta) > epsilon(sweep.all_events, sweep.delta)
+
+
+def test_noise_epsilon_and_steps_lead_to_each_other() -> None:
+    privacy = _privacy(2.0)
+    plan = plan_budget(privacy, TRAIN, Masks())
+    assert plan_at_noise(privacy, TRAIN, Masks(), plan.training_noise_multiplier) == plan
+    assert most_steps(privacy, TRAIN, Masks(), plan.training_noise_multiplier) == pytest.approx(TRAIN.steps, abs=2)
+    assert plan_at_noise(privacy, TRAIN, Masks(), plan.training_noise_multiplier / 2).epsilon > 2
+    with pytest.raises(BudgetError, match="one step"):
+        most_steps(privacy, TRAIN, Masks(), 0.3)
+
+
+def test_trainable_parameters_and_epsilon_lead_to_each_other() -> None:
+    wanted = epsilon_for(5000, 260, 1e-4)
+    mu = gaussian_mu(wanted, 1e-4)
+    assert balance(mu, 260) / ADVISED == pytest.approx(5000, rel=1e-3)
+    assert gaussian_delta(wanted, mu) <= 1e-4
+    assert epsilon_for(5000, 260, 1e-4, trials=4) > wanted
+
+
+@pytest.mark.parametrize(("eps", "delta"), [(0, 1e-4), (-1, 1e-4), (math.nan, 1e-4), (math.inf, 1e-4), (1, 0), (1, 1)])
+def test_what_is_no_budget_has_no_mu(eps: float, delta: float) -> None:
+    with pytest.raises(PrivacyError, match="a budget needs"):
+        gaussian_mu(eps, delta)

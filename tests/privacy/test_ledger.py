@@ -13,8 +13,8 @@ import pytest
 
 from medsynth.errors import BudgetError, PrivacyError, VerificationError
 from medsynth.privacy.accounting import Event, epsilon
-from medsynth.privacy.journal import StepJournal
 from medsynth.privacy.chain import GENESIS, parse_chain
+from medsynth.privacy.journal import StepJournal
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd, GaussianSum
 
@@ -268,6 +268,8 @@ def test_two_processes_share_the_steps_and_repeat_none(tmp_path: Path) -> None:
         lambda raw: raw.replace(b'"to": 2', b'"to": 1'),
         lambda raw: raw.splitlines(keepends=True)[0] + raw.splitlines(keepends=True)[2],
         lambda raw: b"x" + raw,
+        lambda raw: raw + b"5\n",
+        lambda raw: raw + b"\xff\n",
     ],
 )
 def test_a_damaged_journal_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
@@ -288,3 +290,50 @@ def test_a_claim_that_was_not_acknowledged_is_not_spent(tmp_path: Path) -> None:
     assert StepJournal(path, 4).next_step == 1
     path.write_bytes(b'{"ste')
     assert StepJournal(path, 4).next_step == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epsilon": 0.0}, r"epsilon > 0, got 0.*1 to 10 are usual"),
+        ({"epsilon": -1.0}, "epsilon > 0"),
+        ({"epsilon": math.nan}, "epsilon > 0, got nan"),
+        ({"epsilon": -math.inf}, "epsilon > 0"),
+        ({"delta": 0.0}, r"delta in \(0, 1\).*1/\(10 N\)"),
+        ({"delta": 1.0}, "delta in"),
+        ({"delta": -1e-4}, "delta in"),
+        ({"delta": math.nan}, "delta in"),
+        ({"trials": 0}, "at least one study"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused_and_nothing_is_written(
+    ledger: Ledger, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PrivacyError, match=message):
+        ledger.reserve("masks", [POSE], **{**COMMON, **wrong})
+    assert not ledger.path.exists()
+
+
+@pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf])
+def test_noise_that_is_none_makes_no_plan(noise: float) -> None:
+    with pytest.raises(PrivacyError, match="noise_multiplier"):
+        GaussianSum("pose", 6, 4.0, noise, 200.0)
+    with pytest.raises(PrivacyError, match="noise_multiplier"):
+        DpSgd("denoiser", 0.25, 20, noise, 1.0, 50.0)
+    with pytest.raises(PrivacyError, match="noise_multiplier"):
+        Event("gaussian", noise)
+
+
+def test_no_noise_fits_no_finite_budget(ledger: Ledger) -> None:
+    for plan in (GaussianSum("pose", 6, 4.0, 0.0, 200.0), DpSgd("denoiser", 0.25, 20, 0.0, 1.0, 50.0)):
+        with pytest.raises(BudgetError, match="does not fit into the budget"):
+            ledger.reserve("masks", [plan], **PASSED, **COMMON)
+    assert not ledger.path.exists()
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.01, math.nan])
+def test_a_rate_that_is_no_probability_makes_no_plan(rate: float) -> None:
+    with pytest.raises(PrivacyError, match="rate"):
+        DpSgd("denoiser", rate, 20, 2.0, 1.0, 50.0)
+    with pytest.raises(PrivacyError, match="rate"):
+        Event("subsampled_gaussian", 2.0, rate, 20)
