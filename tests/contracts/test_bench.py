@@ -34,6 +34,16 @@ def test_benchmark_writes_an_entry_for_each_engine_and_thread_count(root: Path, 
     assert "| geometric mean |" in markdown.stdout and "bookkeeping" in markdown.stdout
 
 
+@pytest.mark.slow
+def test_two_ranks_agree_with_one(root: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*torchrun, "-m", "pipelines.ddp_step", "--config", "tiny", "--rounds", "1"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
+    assert found["sums_agree"] and found["weights_stay_equal"] and found["speedup"] > 0 and found["cpu_speedup"] > 0
+
+
 def test_a_wrong_sum_norm_or_clip_is_not_correct() -> None:
     right = Reference([1.0, 2.0], [torch.tensor([3.0, 4.0], dtype=torch.float64)])
     good = compare(ClippedSum([right.sums[0]], [1.0, 2.0]), right, [1.0], 1.0)
