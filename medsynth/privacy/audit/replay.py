@@ -1,8 +1,8 @@
 """Record-replay on neighbouring cohorts: the study's own mechanisms on a cohort with and without one patient.
 
-The same coins, the same noise (``test_only``, never released) and the same transcript: what a mechanism released on the
-first cohort is given to whatever follows on the second, as adaptive composition demands. What is left of the
-difference is the patient's own contribution, which may not be longer than the clip norm.
+The same coins, the outputs before the noise, and the same transcript (its noise is ``test_only`` and never released):
+what a mechanism released on the first cohort is given to whatever follows on the second, as adaptive composition
+demands. What is left of the difference is the patient's own contribution, which may not be longer than the clip norm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from medsynth.privacy.mechanism import DpSgd, GaussianSum
 from medsynth.privacy.preflight import CLIP_TOLERANCE
 
 ALLOWED = 1 + CLIP_TOLERANCE
+# A backend that takes patients together rounds the others' single-precision gradients anew when one leaves: some 1e-7
+# of a clip norm each (3e-7 measured).
+ALLOWED_TOGETHER = 1 + 1e-5
 _SEED = 1
 _NO_CLIP = 1e12
 _TOO_WIDE = 1.26
@@ -40,8 +43,9 @@ Units = Callable[[int], Batch]
 
 @dataclass
 class Tape:
-    """What mechanisms released on the first cohort, and what they would release on its neighbour."""
+    """What mechanisms released on the first cohort, and their outputs before the noise on it and on its neighbour."""
 
+    released: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     recorded: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     replayed: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
@@ -58,37 +62,40 @@ class TapedSum(GaussianSum):
 
     def release(self, units: Iterable[NDArray[np.floating]], entropy: Entropy) -> NDArray[np.float64]:
         """Return the release of the cohort that was recorded, whatever ``units`` are; ``entropy`` is not used."""
-        output = self._output(units)
-        if self.name not in self.tape.recorded:
-            self.tape.recorded[self.name] = output
-            return output
-        self.tape.replayed[self.name] = output
-        return self.tape.recorded[self.name]
+        vectors = list(units)
+        if self.name in self.tape.released:
+            self.tape.replayed[self.name] = self._before_noise(vectors, self.clip_norm)
+        else:
+            self.tape.recorded[self.name] = self._before_noise(vectors, self.clip_norm)
+            self.tape.released[self.name] = GaussianSum.release(self, vectors, open_entropy("test_only", _SEED))
+        return self.tape.released[self.name]
 
-    def _output(self, units: Iterable[NDArray[np.floating]]) -> NDArray[np.float64]:
-        return GaussianSum.release(self, units, open_entropy("test_only", _SEED))
+    def _before_noise(self, vectors: Sequence[NDArray[np.floating]], clip_norm: float) -> NDArray[np.float64]:
+        # What comes after the noise, rounding to a grid included, is post-processing and would blur the comparison.
+        silent = GaussianSum(self.name, self.dimensions, clip_norm, 0.0, self.denominator)
+        return silent.release(vectors, open_entropy("test_only", _SEED))
 
 
 @dataclass(frozen=True)
 class _Unclipped(TapedSum):
     """Broken on purpose: no clip, before vectors that another unit of measure made a million times as long."""
 
-    def _output(self, units: Iterable[NDArray[np.floating]]) -> NDArray[np.float64]:
-        return np.asarray(sum(_longer(units), np.zeros(self.dimensions)))
+    def _before_noise(self, vectors: Sequence[NDArray[np.floating]], clip_norm: float) -> NDArray[np.float64]:
+        return np.asarray(sum(_longer(vectors), np.zeros(self.dimensions)) / self.denominator)
 
 
 @dataclass(frozen=True)
 class _Loose(TapedSum):
     """Broken on purpose: the same long vectors, clipped at more than the clip norm."""
 
-    def _output(self, units: Iterable[NDArray[np.floating]]) -> NDArray[np.float64]:
-        wide = GaussianSum(self.name, self.dimensions, _TOO_WIDE * self.clip_norm, 0.0, self.denominator)
-        return wide.release(_longer(units), open_entropy("test_only", _SEED))
+    def _before_noise(self, vectors: Sequence[NDArray[np.floating]], clip_norm: float) -> NDArray[np.float64]:
+        return super()._before_noise(list(_longer(vectors)), _TOO_WIDE * clip_norm)
 
 
 def _longer(units: Iterable[NDArray[np.floating]]) -> Iterator[NDArray[np.float64]]:
     for unit in units:
-        yield 1e6 * np.nan_to_num(np.asarray(unit, dtype=np.float64), posinf=1e6, neginf=-1e6)
+        # Bounded, so that one huge patient does not swallow the others' digits.
+        yield 1e6 * np.clip(np.nan_to_num(np.asarray(unit, dtype=np.float64)), -1e6, 1e6)
 
 
 def audit_sums(flow: Flow, neighbours: Sequence[int], subject: str) -> Finding:
@@ -104,7 +111,7 @@ def audit_sums(flow: Flow, neighbours: Sequence[int], subject: str) -> Finding:
         "no clip": replay_sums(flow, neighbours[:1], _Unclipped),
         f"a clip {_TOO_WIDE} times too wide": replay_sums(flow, neighbours[:1], _Loose),
     }
-    return _finding(subject, value, controls, len(neighbours))
+    return _finding(subject, value, controls, len(neighbours), ALLOWED)
 
 
 def replay_sums(flow: Flow, neighbours: Sequence[int], kind: type[TapedSum]) -> float:
@@ -140,7 +147,8 @@ def audit_steps(plan: DpSgd, backend: Backend, units: Units, count: int, neighbo
         "no clip": max(replay_step(plan, backend.at(_NO_CLIP), units, count, patient) for patient in hostile),
         "mean over the real batch": _replay_alone(plan, backend, units(neighbours[0])),
     }
-    return _finding(plan.name, value, controls, len(neighbours))
+    allowed = ALLOWED if backend.name == "unit" else ALLOWED_TOGETHER
+    return _finding(plan.name, value, controls, len(neighbours), allowed)
 
 
 def replay_step(plan: DpSgd, backend: Backend, units: Units, count: int, patient: int) -> float:
@@ -167,7 +175,7 @@ def _moved(plan: DpSgd, one: Sequence[Tensor], other: Sequence[Tensor]) -> float
     return moved * plan.denominator / plan.clip_norm
 
 
-def _finding(subject: str, value: float, controls: dict[str, float], number: int) -> Finding:
+def _finding(subject: str, value: float, controls: dict[str, float], number: int, allowed: float) -> Finding:
     return Finding(
         audit="record-replay",
         subject=subject,
@@ -175,10 +183,10 @@ def _finding(subject: str, value: float, controls: dict[str, float], number: int
         value=value,
         low=value,
         high=value,
-        allowed=ALLOWED,
-        outcome="pass" if value <= ALLOWED else "fail",
+        allowed=allowed,
+        outcome="pass" if value <= allowed else "fail",
         blocks=True,
-        controls=tuple(Control(name, found, not found <= ALLOWED) for name, found in controls.items()),
+        controls=tuple(Control(name, found, not found <= allowed) for name, found in controls.items()),
         shows=_SHOWS.format(number=number),
         reads_patients=True,
     )
