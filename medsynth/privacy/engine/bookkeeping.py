@@ -108,8 +108,10 @@ class BookkeepingBackend:
             torch.autograd.backward(losses, torch.full_like(losses, 1 / rows))
             refuse_functional_use(self.model, parameters)
             del losses
-        norms = books.norms()
-        return ClippedSum(books.close(norms, self.clip_norm, parameters), [float(norm) for norm in norms.tolist()])
+        with torch.no_grad():
+            norms = books.norms()
+            sums = books.close(norms, self.clip_norm, parameters)
+        return ClippedSum(sums, [float(norm) for norm in norms.tolist()])
 
     def _alone(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> ClippedSum:
         """Return one patient's clipped gradient, accumulated over its rows; autograd sees one unit only."""
@@ -137,7 +139,7 @@ class _Books:
         self._squares: list[Tensor] = []
         self._samples: dict[nn.Parameter, Tensor] = {}
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
-        self._held: list[tuple[nn.Parameter, Part]] = []
+        self._held: list[tuple[nn.Parameter, Part, str]] = []
         self._repeated: dict[nn.Parameter, list[Part]] = {}
 
     def receive(self, call: Call, found: Backward) -> None:
@@ -171,13 +173,13 @@ class _Books:
         self._squares.append(
             part.squares(rule.method) if rule.kind == "gram" else discarded_squares([part], rule.method)
         )
-        self._held.append((parameter, part))
+        self._held.append((parameter, part, rule.contraction))
 
     def norms(self) -> Tensor:
         """Return each unit's norm in float64; 0 where it is not finite."""
         for parameter, parts in self._repeated.items():
             self._squares.append(discarded_squares(parts))
-            self._held += [(parameter, part) for part in parts]
+            self._held += [(parameter, part, part.contractions()[0]) for part in parts]
         if self._samples:
             together = torch.cat([sample.flatten(1) for sample in self._samples.values()], 1)
             self._squares.append(squared_lengths(together.unsqueeze(1)))
@@ -204,8 +206,8 @@ class _Books:
             parameter, rows = self._kept.pop()
             sums[parameter] = factors.to(rows.dtype) @ self._clean(rows, clean)
         while self._held:
-            parameter, part = self._held.pop()
-            found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held))
+            parameter, part, way = self._held.pop()
+            found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held), way)
             sums[parameter] = sums[parameter] + found if parameter in sums else found
         return [
             sums[p].view_as(p).double() if p in sums else torch.zeros_like(p, dtype=torch.float64, requires_grad=False)

@@ -26,10 +26,11 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Rule:
-    """How one parameter is treated; ``method`` is one of the part's methods or grams."""
+    """How one parameter is treated: by which of the part's methods or grams, and by which of its contractions."""
 
     kind: Literal["keep", "discard", "gram"]
     method: str
+    contraction: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,17 @@ class Chooser:
         size = part.shape.numel() * 4
         kept = max(0, part.units * size - sum(t.numel() * t.element_size() for t in part.held))
         factors = torch.ones(part.units, device=part.held[0].device)
-        contract = _seconds(lambda: part.contract(factors, part.held), factors.device)
+        ways = {
+            way: _seconds(_call(part.contract, factors, part.held, way), factors.device) for way in part.contractions()
+        }
+        way, contract = min(ways.items(), key=lambda item: item[1])
         seconds = {}
         for method in part.grams():
-            seconds[Rule("gram", method)] = contract + _seconds(_call(part.squares, method), factors.device)
+            seconds[Rule("gram", method, way)] = contract + _seconds(_call(part.squares, method), factors.device)
         for method in part.methods():
             if kept <= self.keep_bytes:
                 seconds[Rule("keep", method)] = _seconds(_keep(part, method, factors), factors.device)
-            seconds[Rule("discard", method)] = contract + _seconds(_call(_discard, part, method), factors.device)
+            seconds[Rule("discard", method, way)] = contract + _seconds(_call(_discard, part, method), factors.device)
         wanted = {rule: cost for rule, cost in seconds.items() if rule.kind == self.forced}
         return Costs(wanted or seconds, kept)
 

@@ -28,6 +28,10 @@ from medsynth.privacy.engine.part import (
 _BLOCK = 2**18
 # Squared number of positions up to which the box sum is one product with a constant matrix.
 _DENSE = 256
+# Voxels of a map up to which unfolded patches are worth a try for the contraction.
+_SMALL_MAP = 16
+# Floats of unfolded patches of a whole batch up to which they are worth a try.
+_UNFOLDED = 2**26
 
 _Ints = tuple[int, ...]
 
@@ -56,6 +60,8 @@ class ConvolutionWeight:
 
     - *grouped*, *single*, *unfold*: G_i itself; the batch as groups of one convolution, one weight gradient a unit, or
       a batched product with unfolded patches.
+    - *swapped*: for few output channels and stride 1, a batched product with unfolded patches of the output gradient:
+      ``W_j = sum_q g[q - d j + p] x[q]^T``.
     - *box*, *dense*: ``|G_i|^2 = <U_i^T U_i, G_i^T G_i>`` (Goodfellow 2015; Bu et al. 2022, eq. 2.2), with the Gram
       matrix of patches as a box sum of that of the input (see :mod:`medsynth.privacy.engine.gram`).
     - contraction: ``sum_i c_i G_i`` is the ordinary weight gradient for output gradients scaled by c.
@@ -82,8 +88,13 @@ class ConvolutionWeight:
         """Ways to instantiate; a pointwise convolution is a batched product."""
         if self._pointwise():
             return ("unfold", "grouped")
-        patches = math.prod(self.shape[2:]) * self._patched().numel()
-        return ("grouped", "single", "unfold") if patches <= 2**26 else ("grouped", "single")
+        taps = math.prod(self.shape[2:])
+        found = ["grouped", "single"]
+        if taps * self._patched().numel() <= _UNFOLDED:
+            found.append("unfold")
+        if self._swappable() and taps * self.grad.numel() <= _UNFOLDED:
+            found.append("swapped")
+        return tuple(found)
 
     def samples(self, first: int, last: int, method: str) -> Tensor:
         """Return ``G_i`` by one of :meth:`methods`."""
@@ -91,6 +102,8 @@ class ConvolutionWeight:
         x, g = (full(t[first * rows : last * rows]) for t in (self.value, self.grad))
         if method == "unfold":
             return self._by_patches(x, g, last - first)
+        if method == "swapped":
+            return self._by_patches_of_gradient(x, g, last - first)
         if method == "single":
             each = zip(x.split(rows), g.split(rows), strict=True)
             return torch.stack([self._weight_gradient(a, b) for a, b in each])
@@ -119,14 +132,19 @@ class ConvolutionWeight:
             found.append(self._gram_squares(full(source[part]), full(seen[part]), axes, rows, method))
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def contract(self, factors: Tensor, held: tuple[Tensor, ...]) -> Tensor:
+    def contractions(self) -> tuple[str, ...]:
+        """The native weight gradient; on small maps also one product with unfolded patches, which can be faster."""
+        small = math.prod(self._roles()[1].shape[2:]) <= _SMALL_MAP
+        return ("native", "unfold") if small and not self._pointwise() else ("native",)
+
+    def contract(self, factors: Tensor, held: tuple[Tensor, ...], method: str) -> Tensor:
         """Return the ordinary weight gradient, with the smaller of input and output gradient scaled."""
         x, g = (full(t) for t in held)
         if g.numel() <= x.numel():
             g = scale_rows(g, factors)
         else:
             x = scale_rows(x, factors)
-        return self._weight_gradient(x, g)
+        return self._by_patches(x, g, 1)[0] if method == "unfold" else self._weight_gradient(x, g)
 
     def _patched(self) -> Tensor:
         return self.grad if self.geometry.transposed else self.value
@@ -181,6 +199,26 @@ class ConvolutionWeight:
             # One product over (rows, positions) of a unit.
             product = left.permute(0, 2, 3, 1, 4).flatten(3) @ right.permute(0, 2, 1, 4, 3).flatten(2, 3)
         return product.reshape(units, *self.shape)
+
+    def _swappable(self) -> bool:
+        geometry = self.geometry
+        plain = geometry.groups == 1 and not geometry.transposed and all(stride == 1 for stride in geometry.stride)
+        fits = all(axis.padding <= axis.dilation * (axis.kernel - 1) for axis in self._roles()[2])
+        return plain and fits and 2 * self.shape[0] <= self.shape[1]
+
+    def _by_patches_of_gradient(self, x: Tensor, g: Tensor, units: int) -> Tensor:
+        """Return ``G_i`` from patches of the output gradient, whose taps run backwards."""
+        axes = tuple(
+            Axis(
+                axis.output, axis.size, axis.kernel, 1, axis.dilation * (axis.kernel - 1) - axis.padding, axis.dilation
+            )
+            for axis in self._roles()[2]
+        )
+        patches = by_unit(_unfold(g, axes).reshape(g.shape[0], -1, math.prod(x.shape[2:])), units)
+        values = by_unit(x.flatten(2), units)
+        product = (values @ patches.mT).sum(1) if values.shape[1] > 1 else values[:, 0] @ patches[:, 0].mT
+        shape = (units, self.shape[1], self.shape[0], *self.shape[2:])
+        return product.view(shape).transpose(1, 2).flip(tuple(range(3, len(shape)))).contiguous()
 
     def _weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         weight = x.new_empty(()).expand(self.shape)

@@ -52,7 +52,11 @@ class EmbeddingTable:
         same = (index.unsqueeze(1) == index.unsqueeze(2)).to(grad.dtype)
         return inner_product(torch.bmm(grad, grad.mT), same)
 
-    def contract(self, factors: Tensor, held: tuple[Tensor, ...]) -> Tensor:
+    def contractions(self) -> tuple[str, ...]:
+        """One sum into the table."""
+        return ("native",)
+
+    def contract(self, factors: Tensor, held: tuple[Tensor, ...], method: str) -> Tensor:
         """Return the ordinary gradient of scaled output gradients."""
         grad = scale_rows(full(held[0]), factors).reshape(-1, self.shape[1])
         return grad.new_zeros(self.shape).index_add_(0, self.index.reshape(-1), grad)

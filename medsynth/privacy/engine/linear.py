@@ -57,7 +57,11 @@ class LinearWeight:
             return torch.linalg.vector_norm(x, dim=(1, 2)).mul_(torch.linalg.vector_norm(g, dim=(1, 2))).square_()
         return inner_product(torch.bmm(x, x.mT), torch.bmm(g, g.mT))
 
-    def contract(self, factors: Tensor, held: tuple[Tensor, ...]) -> Tensor:
+    def contractions(self) -> tuple[str, ...]:
+        """One product."""
+        return ("native",)
+
+    def contract(self, factors: Tensor, held: tuple[Tensor, ...], method: str) -> Tensor:
         """Return ``(c g)^T x``, one product."""
         x, g = held
         if g.shape[-1] <= x.shape[-1]:

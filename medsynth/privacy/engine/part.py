@@ -50,8 +50,11 @@ class Part(Protocol):
     def squares(self, method: str) -> Tensor:
         """Return upper bounds of ``|G_i|^2``, tight to rounding, (units,), by one of :meth:`grams`."""
 
-    def contract(self, factors: Tensor, held: tuple[Tensor, ...]) -> Tensor:
-        """Return ``sum_i factors_i G_i`` from (possibly cleaned) held tensors."""
+    def contractions(self) -> tuple[str, ...]:
+        """Ways to sum, best guess first."""
+
+    def contract(self, factors: Tensor, held: tuple[Tensor, ...], method: str) -> Tensor:
+        """Return ``sum_i factors_i G_i`` from (possibly cleaned) held tensors, by one of :meth:`contractions`."""
 
 
 class Family(Protocol):
@@ -137,9 +140,9 @@ def sum_rows(value: Tensor, units: int) -> Tensor:
 
 def cast_parameters(layer: Layer, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return input, weight and bias in the dtype that an active autocast asks for, as they are without one."""
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.parameter("weight"), layer.bias
     if not torch.is_autocast_enabled(value.device.type):
-        return value, weight, bias  # type: ignore[return-value]  # linear layers and convolutions have a weight
+        return value, weight, bias
     dtype = torch.get_autocast_dtype(value.device.type)
     return value.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
