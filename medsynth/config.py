@@ -187,16 +187,19 @@ class Masks(Section):
     band_voxels: Positive = Field(2.0, description="signed distances are truncated at this many voxels")
     covariance: Literal["diagonal", "full"] = "diagonal"
     mean_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
-    spread_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
+    spread_clip_norm: Positive | None = Field(
+        None,
+        description="None: the 90 % quantile over public phantoms, 38 in 3D; about 4 for one organ in crops around it",
+    )
     min_component_voxels: Annotated[int, Field(ge=0)] = 8
 
 
 class Appearance(Section):
-    """Statistics of intensity by label, distance and position that dress the phantoms of pre-training."""
+    """Statistics of images given their label maps, which dress the label maps of pre-training."""
 
     enabled: bool = Field(True, description="needs train.pretrain_steps")
-    coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients of the mean image")
-    clip_norm: Positive | None = Field(None, description="None: the median over public phantoms")
+    coefficients: tuple[Count, ...] = Field((8, 10, 8), description="cosines an axis of the expected image")
+    clip_norm: Positive = Field(0.75, description="an image of even histogram has a vector of norm 0.7")
 
 
 class Train(Section):
@@ -224,7 +227,7 @@ class Train(Section):
     clip_norm: Positive | None = Field(None, description="None: the median over public phantoms")
     draws: Count = Field(4, description="noise draws a patient averaged before the clip")
     max_records: Count = Field(1, description="at most so many slices or scans a patient and step")
-    backend: Literal["bookkeeping", "unit", "opacus"] = "unit"
+    backend: Literal["bookkeeping", "unit", "opacus"] = "bookkeeping"
     appearance: Appearance = Appearance()
 
 
