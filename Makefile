@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: bench-dp help demo test mutants slow realdata endtoend check format bench docs clean
+.PHONY: accountants bench-dp help demo test mutants slow realdata endtoend check format bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -61,6 +61,9 @@ bench: bench-dp ## the same as bench-dp
 
 bench-dp: $(READY) ## time, memory and correctness of private steps against a plain one
 	$(BIN)/python -m pipelines.bench
+
+accountants: $(READY) ## epsilon by four accountants over a grid of settings, as a table
+	$(BIN)/python docs/write_accountants.py
 
 docs: $(READY) ## build the documentation into build/site
 	$(BIN)/python docs/write_config_reference.py > docs/reference/config.md

@@ -6,9 +6,10 @@ It is never seeded by configuration, never stored, never repeated on resume, aft
 - *low bits of floating-point noise* (Mironov 2012): each normal is the sum of four independent ones, halved
   (Holohan, Braghin 2021; Opacus' ``secure_mode`` does the same), so that inverting the sampler from one output means
   solving for four unknowns, which two outputs share; the noise is added in double precision and the sum is rounded to
-  single precision afterwards.
+  a public grid afterwards (:func:`medsynth.privacy.mechanism.noise_grid`).
 
-Not covered: timing side channels, and an attacker who reads this process' memory.
+Not covered: timing side channels, and an attacker who reads this process' memory. More in
+docs/explanation/mechanisms.md.
 """
 
 from __future__ import annotations

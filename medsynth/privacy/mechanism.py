@@ -1,7 +1,10 @@
-"""The two mechanisms that may touch patients, as frozen plans of public values.
+"""The three mechanisms that may touch patients, as frozen plans of public values.
 
 A plan couples sensitivity, sampling, noise and accounting: the event that is charged and the noise that is drawn come
 from the same object. Patients are only ever arguments; nothing of them is kept, logged or used to set a constant.
+
+Floating point (docs/explanation/mechanisms.md): noise is :data:`ROUNDING_SLACK` larger than its plan, which pays for
+the rounding of clips and sums, and what is released lies on a public grid (:func:`noise_grid`), which hides low bits.
 """
 
 from __future__ import annotations
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK = 2**14  # values that get their noise at a time
+
+ROUNDING_SLACK = 2.0**-18
+"""Rounding of clip and sum may raise the sensitivity by this share; the noise is that much larger than charged.
+
+Adding n vectors of norm C in double precision, in any order, is wrong by at most n^2 2^-53 C in L2 to first order
+(Higham 2002, section 4.2). Two such sums differ by at most C + 2 n^2 2^-53 C, less than C (1 + 2^-20) for n <= 65536;
+a norm that is 1e-6 too small at the clip (preflight.CLIP_TOLERANCE) leaves the total below the slack.
+"""
+_GRID_BITS = 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class GaussianSum:
     denominator: float
 
     def __post_init__(self) -> None:
-        _require_positive(self.name, dimensions=self.dimensions, clip_norm=self.clip_norm, denominator=self.denominator)
+        _require_whole(self.name, dimensions=self.dimensions)
+        _require_positive(self.name, clip_norm=self.clip_norm, denominator=self.denominator)
         _require_noise(self.name, self.noise_multiplier)
 
     def event(self) -> Event:
@@ -69,14 +82,75 @@ class GaussianSum:
         total = np.zeros(self.dimensions, dtype=np.float64)
         for unit in units:
             total += clip_vector(self._check(unit), self.clip_norm)
-        noise = entropy.normal(self.dimensions) * (self.noise_multiplier * self.clip_norm)
-        return (total + noise) / self.denominator
+        scale = self.noise_multiplier * self.clip_norm
+        if not scale:
+            return total / self.denominator
+        noisy = total + entropy.normal(self.dimensions) * (scale * (1 + ROUNDING_SLACK))
+        grid = noise_grid(scale)
+        return np.rint(noisy / grid) * grid / self.denominator
 
     def _check(self, unit: NDArray[np.floating]) -> NDArray[np.float64]:
         vector = np.asarray(unit, dtype=np.float64).reshape(-1)
         if vector.size != self.dimensions:
             raise PrivacyError(f"'{self.name}' sums vectors of length {self.dimensions}, got one of {vector.size}")
         return vector
+
+
+@dataclass(frozen=True)
+class GaussianHistogram:
+    """A noisy mean of one normalised histogram a patient, over public bin edges.
+
+    *Guarantees*: a patient's histogram is divided by his number of values, so its L2 norm is at most 1 however many he
+    has; adding or removing him moves the sum by at most 1 (Dwork, Roth 2014, section 3.5.3). A patient with no value,
+    or with any that is not finite, counts as zero. The release is the Gaussian mechanism with ``noise_multiplier``.
+
+    Attributes:
+        name: what is released, e.g. ``"intensities"``.
+        edges: public edges of the bins, rising; values outside go to the first and the last bin.
+        noise_multiplier: standard deviation of the noise of a bin; 0 only for a non-private study.
+        denominator: public constant that the sum is divided by (declared, never counted).
+    """
+
+    kind: ClassVar[str] = "gaussian_histogram"
+    scheme: ClassVar[str] = "every patient once"
+    clip_norm: ClassVar[float] = 1.0
+
+    name: str
+    edges: tuple[float, ...]
+    noise_multiplier: float
+    denominator: float
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.edges, self.edges[1:], strict=False)
+        if len(self.edges) < 2 or not all(map(math.isfinite, self.edges)) or not all(a < b for a, b in pairs):
+            raise PrivacyError(
+                f"'{self.name}' needs at least two finite bin edges in rising order, as public constants"
+            )
+        # The plan of the sum says what is wrong with the other fields.
+        self._sum()
+
+    def event(self) -> Event:
+        """Return what one release costs."""
+        return self._sum().event()
+
+    def release(self, patients: Iterable[NDArray[np.floating]], entropy: Entropy) -> NDArray[np.float64]:
+        """Return ``(sum of normalised histograms + noise) / denominator``, one number a bin; may be below 0.
+
+        Args:
+            patients: all values of one patient (any shape, any number) each.
+            entropy: source of the noise.
+        """
+        return self._sum().release((self._histogram(values) for values in patients), entropy)
+
+    def _histogram(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
+        flat = np.asarray(values, dtype=np.float64).reshape(-1)
+        if flat.size == 0 or not np.isfinite(flat).all():
+            return np.zeros(len(self.edges) - 1)
+        counts = np.histogram(np.clip(flat, self.edges[0], self.edges[-1]), bins=np.array(self.edges))[0]
+        return np.asarray(counts / flat.size, dtype=np.float64)
+
+    def _sum(self) -> GaussianSum:
+        return GaussianSum(self.name, len(self.edges) - 1, self.clip_norm, self.noise_multiplier, self.denominator)
 
 
 @dataclass(frozen=True)
@@ -107,16 +181,16 @@ class DpSgd:
     denominator: float
 
     def __post_init__(self) -> None:
+        _require_whole(self.name, steps=self.steps)
         _require_positive(
-            self.name,
-            sampling_rate=self.sampling_rate,
-            steps=self.steps,
-            clip_norm=self.clip_norm,
-            denominator=self.denominator,
+            self.name, sampling_rate=self.sampling_rate, clip_norm=self.clip_norm, denominator=self.denominator
         )
         _require_noise(self.name, self.noise_multiplier)
         if self.sampling_rate > 1:
-            raise PrivacyError(f"'{self.name}' cannot sample at a rate of {self.sampling_rate}: expected (0, 1]")
+            raise PrivacyError(
+                f"'{self.name}' cannot sample at a rate of {self.sampling_rate}: it is the probability of a patient's "
+                "coin, in (0, 1]; 1 takes every patient in every step"
+            )
 
     def event(self) -> Event:
         """Return what all steps together cost."""
@@ -153,11 +227,13 @@ class DpSgd:
         whole = group[0].detach().reshape(-1) if len(group) == 1 else torch.cat([p.detach().reshape(-1) for p in group])
         result = torch.empty_like(whole, dtype=torch.float32)
         for part, out in zip(whole.split(_BLOCK), result.split(_BLOCK), strict=True):
-            mean = part.double() / self.denominator
             if scale:
+                grid = noise_grid(scale)
                 noise = torch.from_numpy(entropy.normal(part.numel())).to(part.device)
-                mean.add_(noise, alpha=scale / self.denominator)
-            out.copy_(mean)
+                cells = (part.double() / grid).add_(noise, alpha=scale * (1 + ROUNDING_SLACK) / grid).round_()
+                out.copy_(cells.mul_(grid / self.denominator))
+            else:
+                out.copy_(part.double() / self.denominator)
         pieces = result.split([part.numel() for part in group])
         return [piece.view(part.shape) for piece, part in zip(pieces, group, strict=True)]
 
@@ -189,12 +265,33 @@ def clip_factor(norm: float, clip_norm: float) -> float:
     return 1.0 if norm <= clip_norm else clip_norm / norm
 
 
+def noise_grid(scale: float) -> float:
+    """Return the spacing, a power of two, of the grid that noisy sums are rounded to: ``scale`` 2^-20 or just below.
+
+    It depends on public values only and is coarser than the last bit of any sum that matters, so that a released
+    value does not tell which doubles were added (Mironov 2012; Haney et al. 2022). Rounding is post-processing.
+
+    Args:
+        scale: standard deviation of the noise, > 0.
+    """
+    return 2.0 ** (math.floor(math.log2(scale)) - _GRID_BITS)
+
+
 def _require_positive(name: str, **values: float) -> None:
     for key, value in values.items():
         if not (math.isfinite(value) and value > 0):
-            raise PrivacyError(f"'{name}' needs {key} > 0, got {value}")
+            raise PrivacyError(f"'{name}' needs a finite {key} > 0, got {value}: it is a public constant of the study")
+
+
+def _require_whole(name: str, **values: int) -> None:
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PrivacyError(f"'{name}' needs a whole number of {key} >= 1, got {value}")
 
 
 def _require_noise(name: str, noise_multiplier: float) -> None:
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise PrivacyError(f"'{name}' needs a finite noise_multiplier >= 0, got {noise_multiplier}")
+        raise PrivacyError(
+            f"'{name}' needs a finite noise_multiplier > 0, got {noise_multiplier} (0, for a study without privacy, "
+            "is charged as nonprivate and never certified)"
+        )

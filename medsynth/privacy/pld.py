@@ -379,8 +379,8 @@ def _powers(steps: Sequence[Losses], width: float, theta: float, size: int) -> t
         wrapped = np.bincount(indices % size, weights=tilted / scale, minlength=size)
         coefficients = np.fft.rfft(wrapped)
         sizes = np.abs(coefficients) + rounding
-        with np.errstate(divide="ignore"):
-            exponent += step.count * np.log(coefficients)
+        # A coefficient of exactly zero has no logarithm; what stands for it is far below the rounding that is charged.
+        exponent += step.count * np.log(np.where(coefficients == 0, 1e-300, coefficients))
         magnitude += step.count * np.log(sizes)
         slope += (step.count + 2) / sizes
     composed = np.exp(exponent)

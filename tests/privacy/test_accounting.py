@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from medsynth.errors import PrivacyError
+from medsynth.privacy import accounting
 from medsynth.privacy.accounting import (
     COARSE_INTERVAL,
+    DISTINCT,
     FINE_INTERVAL,
+    Accountant,
     Event,
+    coarsen,
     epsilon,
     epsilon_at,
     membership_bound,
@@ -24,6 +29,7 @@ from medsynth.privacy.accounting import (
     pld_epsilon,
 )
 from medsynth.privacy.budget import gaussian_delta, gaussian_mu
+from medsynth.privacy.pld import epsilon_lower
 
 TYPICAL = (Event("gaussian", 1.6, count=3), Event("gaussian", 1.0), Event("subsampled_gaussian", 3.4, 0.25, 200))
 GRID = (
@@ -89,19 +95,128 @@ def test_epsilon_falls_with_delta() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "words"),
     [
-        {"kind": "laplace", "noise_multiplier": 1.0},
-        {"kind": "gaussian", "noise_multiplier": 0.0},
-        {"kind": "gaussian", "noise_multiplier": 1.0, "sampling_rate": 0.5},
-        {"kind": "subsampled_gaussian", "noise_multiplier": 1.0, "sampling_rate": 1.5},
-        {"kind": "subsampled_gaussian", "noise_multiplier": math.nan, "sampling_rate": 0.5},
-        {"kind": "gaussian", "noise_multiplier": 1.0, "count": 0},
+        ({"kind": "laplace", "noise_multiplier": 1.0}, "expected gaussian"),
+        *(
+            ({"kind": kind, "noise_multiplier": sigma}, "finite noise_multiplier > 0")
+            for kind in ("gaussian", "subsampled_gaussian")
+            for sigma in (0.0, -1.0, math.nan, math.inf, -math.inf)
+        ),
+        ({"kind": "gaussian", "noise_multiplier": 1.0, "sampling_rate": 0.5}, "use kind subsampled_gaussian"),
+        *(
+            ({"kind": "subsampled_gaussian", "noise_multiplier": 1.0, "sampling_rate": q}, r"in \(0, 1\]")
+            for q in (0.0, -0.1, 1.0000001, 1.5, 256.0, math.nan, math.inf)
+        ),
+        *(
+            ({"kind": "gaussian", "noise_multiplier": 1.0, "count": count}, "whole count >= 1")
+            for count in (0, -1, 2.0, True, math.nan)
+        ),
     ],
 )
-def test_events_that_cannot_be_charged_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(PrivacyError):
-        Event(**bad)  # type: ignore[arg-type]
+def test_events_that_cannot_be_charged_are_refused_with_what_to_do(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(PrivacyError, match=words):
+        Event(**bad)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "own", "prv", "rdp"])
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, 2.0, math.nan, math.inf])
+def test_a_delta_that_promises_nothing_is_refused(delta: float, accountant: Accountant) -> None:
+    with pytest.raises(PrivacyError, match=r"use 1/\(10 N\)"):
+        epsilon(TYPICAL, delta, accountant)
+
+
+def test_an_unknown_accountant_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="expected pld, own, prv or rdp"):
+        epsilon(TYPICAL, 1e-5, "moments")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accountant", ["pld", "own", "prv", "rdp"])
+def test_a_rate_of_one_is_no_sampling(accountant: Accountant) -> None:
+    coins, all_of_them = (Event(kind, 2.0, 1.0, 7) for kind in ("subsampled_gaussian", "gaussian"))
+    assert epsilon([coins], 1e-5, accountant) == epsilon([all_of_them], 1e-5, accountant)
+    assert merge([coins, all_of_them]) == (Event("gaussian", 2.0, count=14),)
+
+
+SCHEDULES = {
+    "noise": [Event("subsampled_gaussian", 1 + 3 * i / 10_000, 0.01) for i in range(10_000)],
+    "both": [Event("subsampled_gaussian", 3 - i / 10_000, 0.005 + i / 1e6) for i in range(10_000)],
+    "gaussians": [Event("gaussian", 50 + i / 100) for i in range(10_000)],
+    "equal": [Event("subsampled_gaussian", 1.0, 0.01)] * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ten_thousand_events_take_less_than_five_seconds(name: str) -> None:
+    epsilon(TYPICAL, 1e-4)  # imports
+    started = time.process_time()
+    found = epsilon(SCHEDULES[name], 1e-5)
+    assert time.process_time() - started < 5
+    assert 1 < found < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["noise", "both"])
+def test_coarsening_costs_little_and_never_saves(name: str) -> None:
+    events = SCHEDULES[name]
+    coarse = coarsen(events)
+    assert len(coarse) <= DISTINCT and sum(e.count for e in coarse) == 10_000
+    # From below: noise rounded up and rates down, so no more than the truth.
+    grid = 2.0**-9
+    kind = "subsampled_gaussian"
+    cheaper = [
+        Event(
+            kind,
+            math.exp(grid * math.ceil(math.log(e.noise_multiplier) / grid)),
+            math.exp(grid * math.floor(math.log(e.sampling_rate) / grid)),
+        )
+        for e in events
+    ]
+    lower = epsilon_lower(merge(cheaper), 1e-5)
+    assert lower <= epsilon(events, 1e-5, "own") <= 1.025 * lower
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.3, 60), st.floats(0.001, 1.0), st.integers(1, 9)), min_size=1, max_size=40))
+def test_coarsened_events_are_dearer_one_by_one(parts: list[tuple[float, float, int]]) -> None:
+    events = [Event("subsampled_gaussian", *part) for part in parts]
+    coarse = coarsen(events, 5)
+    sampled = [e for e in coarse if e.kind == "subsampled_gaussian"]
+    gaussians = [e for e in coarse if e.kind == "gaussian"]
+    true = [e for e in merge(events) if e.kind == "subsampled_gaussian"]
+    if len(merge(events)) > 5:
+        assert len(coarse) <= 6
+        # A rate that was rounded up to 1 has become a gaussian event.
+        assert sum(e.count for e in sampled) <= sum(e.count for e in true)
+        assert max((e.noise_multiplier for e in sampled), default=0) <= max(
+            (e.noise_multiplier for e in true), default=0
+        )
+        assert min((e.sampling_rate for e in sampled), default=1) >= min((e.sampling_rate for e in true), default=1)
+    squares = math.fsum(e.count / e.noise_multiplier**2 for e in merge(events) if e.kind == "gaussian")
+    assert math.fsum(e.count / e.noise_multiplier**2 for e in gaussians) >= squares * (1 - 1e-15)
+
+
+def test_coarsening_keeps_access_without_noise() -> None:
+    many = [Event("gaussian", 1 + i / 1000) for i in range(2 * DISTINCT)]
+    assert epsilon([*many, Event("nonprivate")], 1e-5) == math.inf
+
+
+def test_little_noise_is_answered_by_our_own_upper_bound() -> None:
+    for events in ([Event("subsampled_gaussian", 0.1, 0.5, 10)], [Event("subsampled_gaussian", 0.01, 0.5, 10)]):
+        assert epsilon(events, 1e-5) == epsilon(events, 1e-5, "own") > 100
+
+
+@pytest.mark.parametrize("found", [0.5, math.nan, -1.0])
+def test_an_accountant_that_says_too_little_is_refused(found: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "pld_epsilon", lambda *_: found)
+    with pytest.raises(PrivacyError, match="it gave up"):
+        epsilon(TYPICAL, 1e-4)
+
+
+def test_without_dp_accounting_the_error_names_the_other_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(PrivacyError, match="'own'"):
+        epsilon([Event("gaussian", 1.2345)], 1e-5)
 
 
 def test_events_survive_json() -> None:

@@ -1,4 +1,4 @@
-"""Entropy and the two mechanisms: sensitivity, noise, sampling."""
+"""Entropy and the three mechanisms: sensitivity, noise, sampling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,22 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from medsynth.errors import PrivacyError
+from medsynth.privacy.accounting import Event
 from medsynth.privacy.entropy import open_entropy
-from medsynth.privacy.mechanism import DpSgd, GaussianSum, clip_vector
+from medsynth.privacy.mechanism import (
+    ROUNDING_SLACK,
+    DpSgd,
+    GaussianHistogram,
+    GaussianSum,
+    clip_vector,
+    noise_grid,
+)
+from medsynth.privacy.preflight import CLIP_TOLERANCE
 
 PLAN = DpSgd("denoiser", sampling_rate=0.25, steps=20, noise_multiplier=2.0, clip_norm=0.5, denominator=64.0)
 SUM = GaussianSum("pose", dimensions=5, clip_norm=2.0, noise_multiplier=0.7, denominator=10.0)
 QUIET = GaussianSum("pose", dimensions=5, clip_norm=2.0, noise_multiplier=0.0, denominator=10.0)
+HISTOGRAM = GaussianHistogram("grey", edges=(0.0, 1.0, 2.0, 4.0), noise_multiplier=0.0, denominator=8.0)
 
 
 @pytest.mark.parametrize("kind", ["os", "test_only"])
@@ -174,3 +185,78 @@ def test_no_noise_is_charged_as_nonprivate() -> None:
     assert QUIET.event().kind == "nonprivate"
     assert DpSgd("d", 0.25, 5, 0.0, 1.0, 64.0).event().kind == "nonprivate"
     assert PLAN.event().count == 20 and PLAN.event().sampling_rate == 0.25
+
+
+def test_a_histogram_is_normalised_over_all_values_of_a_patient() -> None:
+    patients = [np.array([[-5.0, 0.5], [1.5, 99.0]]), np.full(1000, 1.5)]
+    released = HISTOGRAM.release(patients, open_entropy("os"))
+    assert released == pytest.approx(np.array([0.5, 0.25 + 1.0, 0.25]) / 8.0)
+
+
+@settings(deadline=None)
+@given(arrays(np.float64, st.integers(0, 20), elements=st.floats(allow_nan=True, allow_infinity=True)))
+def test_one_patient_moves_a_histogram_by_at_most_one(values: np.ndarray) -> None:
+    other = [np.array([0.5, 3.0])]
+    both, alone = (HISTOGRAM.release(cohort, open_entropy("os")) for cohort in ([*other, values], other))
+    assert np.linalg.norm(both - alone) * HISTOGRAM.denominator <= 1 + 1e-12
+    if values.size == 0 or not np.isfinite(values).all():
+        assert np.array_equal(both, alone)
+
+
+def test_a_histogram_is_charged_and_drawn_like_a_sum_of_norm_one() -> None:
+    plan = replace(HISTOGRAM, noise_multiplier=1.5)
+    assert plan.event() == Event("gaussian", 1.5) and HISTOGRAM.event().kind == "nonprivate"
+    entropy = open_entropy("test_only")
+    draws = np.array([plan.release([], entropy) for _ in range(3000)])
+    assert stats.kstest(draws.ravel(), stats.norm(0, 1.5 / 8.0).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("edges", [(), (1.0,), (0.0, 0.0), (1.0, 0.0), (0.0, math.nan), (0.0, math.inf)])
+def test_bin_edges_that_are_none_are_refused(edges: tuple[float, ...]) -> None:
+    with pytest.raises(PrivacyError, match="bin edges"):
+        GaussianHistogram("grey", edges, 1.0, 1.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-3, 1e3), st.floats(0.1, 100))
+def test_what_is_released_lies_on_the_public_grid(clip: float, noise: float) -> None:
+    grid = noise_grid(noise * clip)
+    assert 2.0**-21 <= grid / (noise * clip) <= 2.0**-20 and math.log2(grid) % 1 == 0
+    released = GaussianSum("x", 6, clip, noise, 4.0).release([np.full(6, clip / 7)] * 3, open_entropy("os"))
+    assert np.array_equal(np.rint(released * 4.0 / grid), released * 4.0 / grid)
+    step = DpSgd("d", 0.5, 1, noise, clip, 4.0).noisy_mean([torch.full((6,), clip / 3)], open_entropy("os"))[0]
+    # in single precision, up to the 24 bits that it has
+    cells = step.double().numpy() * 4.0 / grid
+    assert np.allclose(cells, np.rint(cells), rtol=2.0**-23, atol=0)
+
+
+def test_the_noise_pays_for_the_rounding_of_clips_and_sums() -> None:
+    # Sums of 4096 vectors of full length, which partly cancel, with and without one more, in two orders.
+    rng = np.random.default_rng(0)
+    units = [v / np.linalg.norm(v) * 3 for v in rng.normal(size=(4096, 5)) * 10.0 ** rng.uniform(-3, 3, (4096, 5))]
+    quiet = GaussianSum("x", 5, 1.0, 0.0, 1.0)
+    one, other = (quiet.release(cohort, open_entropy("os")) for cohort in (units, units[1:][::-1]))
+    assert np.linalg.norm(one - other) <= 1.0 + ROUNDING_SLACK
+    assert 2 * 65536.0**2 * 2.0**-53 + CLIP_TOLERANCE <= ROUNDING_SLACK
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GaussianSum("x", 0, 1.0, 1.0, 1.0), "whole number of dimensions"),
+        (lambda: GaussianSum("x", 2.5, 1.0, 1.0, 1.0), "whole number of dimensions"),  # type: ignore[arg-type]
+        (lambda: GaussianSum("x", 3, math.nan, 1.0, 1.0), "finite clip_norm > 0"),
+        (lambda: GaussianSum("x", 3, 1.0, math.nan, 1.0), "noise_multiplier"),
+        (lambda: GaussianSum("x", 3, 1.0, 1.0, math.inf), "finite denominator > 0"),
+        (lambda: GaussianHistogram("x", (0.0, 1.0), -1.0, 1.0), "noise_multiplier"),
+        (lambda: GaussianHistogram("x", (0.0, 1.0), 1.0, 0.0), "denominator"),
+        (lambda: DpSgd("x", 1.2, 3, 1.0, 1.0, 1.0), "in \\(0, 1\\]"),
+        (lambda: DpSgd("x", 0.0, 3, 1.0, 1.0, 1.0), "sampling_rate > 0"),
+        (lambda: DpSgd("x", math.nan, 3, 1.0, 1.0, 1.0), "sampling_rate > 0"),
+        (lambda: DpSgd("x", 0.2, 3, math.inf, 1.0, 1.0), "noise_multiplier"),
+        (lambda: DpSgd("x", 0.2, True, 1.0, 1.0, 1.0), "whole number of steps"),
+    ],
+)
+def test_bad_fields_are_refused_with_what_to_do(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(PrivacyError, match=words):
+        make()
