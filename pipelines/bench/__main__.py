@@ -101,8 +101,8 @@ def _measure(
     from pipelines.bench.results import entry
 
     torch.set_num_threads(threads)
-    if threads > 1:  # what is compared with other libraries is one thread; here few rounds show the same
-        effort = replace(effort, seconds=effort.seconds / 2)
+    if threads > 1:  # what is compared with other libraries is one thread; here one step of theirs will do
+        effort = replace(effort, seconds=0.0, own_seconds=effort.own_seconds / 2)
     problem, right = reference(configuration)
     bench = Bench(problem, right, engines, effort)
     what = f"{configuration.name}, {threads} thread(s)"
