@@ -177,7 +177,8 @@ class ConvolutionWeight:
     def _by_groups(self, x: Tensor, g: Tensor, units: int) -> Tensor:
         """Return ``G_i`` as the weight gradient of one convolution whose groups are the units."""
         x, g = (_units_as_channels(t, units) for t in (x, g))
-        weight = x.new_empty(()).expand(units * self.shape[0], *self.shape[1:])
+        # Only its shape counts, but it must be contiguous: an expanded one would be copied.
+        weight = x.new_empty(units * self.shape[0], *self.shape[1:])
         arguments = self.geometry.arguments(units * self.geometry.groups)
         result = torch.ops.aten.convolution_backward(g, x, weight, None, *arguments, (False, True, False))
         return result[1].view(units, *self.shape)
@@ -221,7 +222,7 @@ class ConvolutionWeight:
         return product.view(shape).transpose(1, 2).flip(tuple(range(3, len(shape)))).contiguous()
 
     def _weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        weight = x.new_empty(()).expand(self.shape)
+        weight = x.new_empty(self.shape)
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
             g, x, weight, None, *self.geometry.arguments(), (False, True, False)
         )
