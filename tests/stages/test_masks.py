@@ -14,7 +14,7 @@ from medsynth.config import Study
 from medsynth.errors import BudgetError, PrivacyError, StoreError
 from medsynth.models.mask_generator import ShapeSpace
 from medsynth.privacy.ledger import Ledger
-from medsynth.privacy.mechanism import GaussianSum
+from medsynth.privacy.mechanism import GaussianSum, noise_grid
 from medsynth.stages import masks
 from medsynth.tracking import Tracker
 
@@ -77,7 +77,9 @@ def test_pitfall_12_statistics_move_by_at_most_the_clip_norm_when_a_patient_leav
             continue
         for name, plan in plans.items():
             moved = np.linalg.norm(found[name] - replay[name])
-            assert 0 < moved <= plan.clip_norm / plan.denominator * (1 + 1e-9)
+            # Two releases lie on the public grid, each up to half a cell from its noisy sum in every coordinate.
+            grid = noise_grid(plan.noise_multiplier * plan.clip_norm) * np.sqrt(plan.dimensions)
+            assert 0 < moved * plan.denominator <= plan.clip_norm * (1 + 1e-9) + grid
 
 
 def test_pitfall_03_plans_are_the_same_for_one_patient_more(
