@@ -1,153 +1,151 @@
-"""What images look like, as one vector of statistics a patient: intensity by label, distance and position.
+"""What images look like given their label map, as one vector of statistics a patient.
 
-The mean of that vector over patients is released by one Gaussian mechanism; phantoms dressed with it are public from
-then on, and any number of them may train the denoiser.
+The mean of that vector over patients is released by one Gaussian mechanism. It gives the expected image of a label map
+(least squares on features of position and distance), how far images scatter around it at each voxel, and the spectrum
+of what scatters. Label maps dressed with it are public from then on, and any number of them may train the denoiser.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import fft
 
 from medsynth.config import Appearance, Grid
-from medsynth.imaging.phantom import scale, smooth_field
-from medsynth.models.pose import Array, PoseFrame
+from medsynth.models.label_features import LabelFeatures, LeastSquares
+from medsynth.models.pose import Array
 
-_OUTSIDE = (1.0, 2.0, 4.0, 8.0)  # voxels from the foreground at which an outer region ends
-_INSIDE = (1.0, 2.0)  # voxels of depth at which an inner region ends
-_FRAME_SD = 4.5  # half width, in standard deviations of the foreground, of the frame of the mean image
-_POSITION_WEIGHT = 8.0  # weight of the mean image against the region means in the clipped norm
-_NEAR = 2.5  # voxels from the foreground within which regions, not the mean image, say the intensity
-_FINE_SD = 0.06  # public: what is finer than any anatomy, in units of the intensity range [-1, 1]
-_COARSE_KNOTS = 10
-_TEXTURE_SHARE = 0.6  # the rest of the spread is structure that random fields would only blur
+# Weights under one clip, so that noise reaches each part in proportion to what it bears.
+_COUNT_WEIGHT = 0.2
+_SQUARE_WEIGHT = 0.5
+_SPECTRUM_WEIGHT = 0.5
+_LEAST_COUNT = 0.3  # a noisy count below this share of the denominator is taken as this share
+_SD_RANGE = (0.05, 0.7)  # public: texture of an image in [-1, 1]
+_OCTAVE_EDGES = (0.004, 0.012, 0.025, 0.045, 0.075, 0.12, 0.2)  # cycles a voxel at which a frequency bin ends
+_LEAST_SHARE = 0.05  # of a bin's whole power that is texture, however much the expected image explains
 
 
 @dataclass(frozen=True)
 class AppearanceStatistics:
-    """Released means.
+    """What was released, ready to dress label maps.
 
     Attributes:
-        level: (region, channel) mean intensity.
-        level_spread: (region, channel) standard deviation of it between patients.
-        texture: (region,) standard deviation of intensity inside a region of one image.
-        position: (channel, coefficient) the mean image in the foreground's canonical frame, cosine coefficients.
+        mean: (channel, feature) weights of the expected image.
+        variance: (channel, feature) weights of the squared deviation from it.
+        spectrum: (bin,) mean square of each cosine coefficient of the texture, whose variance is 1.
     """
 
-    level: Array
-    level_spread: Array
-    texture: Array
-    position: Array
+    mean: Array
+    variance: Array
+    spectrum: Array
 
 
 class AppearanceSpace:
-    """The public layout of the statistics on one grid; holds no data."""
+    """The public layout of the statistics on one grid; holds no data.
 
-    def __init__(self, grid: Grid, settings: Appearance) -> None:
+    Args:
+        grid: the public voxel grid.
+        settings: coefficients of the expected image.
+        maps: label maps of the mask generator (public or released, never patients'), which stand for the patients'
+            when the least squares are solved; needed for everything but :attr:`size`.
+    """
+
+    def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
+        half, quarter = (tuple(-(-n // share) for n in settings.coefficients) for share in (2, 4))
         self.grid = grid
-        self.frame = PoseFrame(grid, settings.coefficients, _FRAME_SD)
-        self.regions = len(_OUTSIDE) + 1 + (grid.classes - 1) * (len(_INSIDE) + 1)
-        self.waves = int(np.prod(settings.coefficients))
-        self._scale = _POSITION_WEIGHT / np.sqrt(np.prod(self.frame.shape))
+        self.features = LabelFeatures(grid, settings.coefficients, half)
+        self.square_features = LabelFeatures(grid, half, quarter)
+        self._maps = maps
+        self._bins = _frequency_bins(grid.shape)
+        self._bin_sizes = np.bincount(self._bins.reshape(-1))
 
     @property
     def size(self) -> int:
         """Length of a patient's vector."""
-        return 1 + self.regions * (2 * self.grid.channels + 1) + self.grid.channels * self.waves
+        values = self.features.size + self.square_features.size
+        return 1 + self.grid.channels * values + len(self._bin_sizes)
+
+    @cached_property
+    def _fits(self) -> tuple[LeastSquares, LeastSquares]:
+        return LeastSquares(self.features, self._maps), LeastSquares(self.square_features, self._maps)
 
     def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
         """Return the statistics of one image, zeros for one without foreground.
 
         Args:
-            image: (channel, \\*spatial) in [-1, 1].
+            image: (channel, \\*spatial) in [-1, 1]; one of even histogram has a vector of norm 0.7.
             label: (\\*spatial) integers.
         """
-        vector = self.frame.pose_vector(label)
-        if vector is None:
+        if not self.features.has_pose(label):
             return np.zeros(self.size)
-        pose = self.frame.pose(vector)
-        region = self.region_map(label).reshape(-1)
-        flat = image.reshape(self.grid.channels, -1).astype(float)
-        # An absent region counts as mid grey: a public value, so that nobody else's statistics are needed.
-        counts = np.maximum(np.bincount(region, minlength=self.regions), 1)
-        level = np.stack([np.bincount(region, plane, self.regions) / counts for plane in flat], axis=1)
-        rest = flat - level.T[:, region]
-        squares = np.stack([np.bincount(region, plane**2, self.regions) for plane in rest]).sum(0)
-        texture = np.sqrt(squares / counts / self.grid.channels)
-        waves = [self.frame.compress(self.frame.enter(plane, pose)) * self._scale for plane in image]
-        return np.concatenate([np.ones(1), level.reshape(-1), (level**2).reshape(-1), texture, *waves])
+        means, squares = self._fits
+        share = 1 / np.sqrt(self.grid.channels)
+        parts = [
+            np.array([_COUNT_WEIGHT]),
+            share * means.vector(image, label).reshape(-1),
+            share * _SQUARE_WEIGHT * squares.vector(np.square(image), label).reshape(-1),
+            # The root keeps weak, fine bins above the noise.
+            _SPECTRUM_WEIGHT * np.sqrt(self._power(image)),
+        ]
+        return np.concatenate(parts)
 
     def statistics(self, mean: Array, noise_sd: float) -> AppearanceStatistics:
         """Read the released mean of :meth:`vector` (a sum over a public denominator) back into statistics.
 
         Args:
             mean: the released vector; its first entry is the noisy ratio of patients to the denominator.
-            noise_sd: standard deviation of the noise in each entry (public), for shrinking the mean image.
+            noise_sd: standard deviation of the noise in each entry (public), for shrinking.
         """
-        channels, n = self.grid.channels, self.regions * self.grid.channels
-        mean = mean / max(mean[0], 0.2)
-        level = np.clip(mean[1 : 1 + n], -1, 1).reshape(self.regions, channels)
-        square = mean[1 + n : 1 + 2 * n].reshape(self.regions, channels)
-        texture = np.clip(mean[1 + 2 * n : 1 + 2 * n + self.regions], 0.01, 1)
-        waves = mean[1 + 2 * n + self.regions :].reshape(channels, self.waves)
-        spread = np.sqrt(np.clip(square - level**2, 0.03**2, 0.4**2))
-        return AppearanceStatistics(level, spread, texture, _shrink(waves, noise_sd) / self._scale)
+        count = max(mean[0] / _COUNT_WEIGHT, _LEAST_COUNT)
+        values, noise, channels = mean[1:] / count, noise_sd / count, self.grid.channels
+        unshare = np.sqrt(channels)
+        first, end = channels * self.features.size, channels * (self.features.size + self.square_features.size)
+        fit, square_fit = self._fits
+        weights = fit.solve(unshare * values[:first].reshape(channels, -1), unshare * noise)
+        expected = [self.features.combine(weights, label).clip(-1, 1) for label in self._maps]
+        # The expected images' own squares and power are known from the label maps: what is left is scatter.
+        explained = np.mean(
+            [square_fit.vector(x**2, label) for x, label in zip(expected, self._maps, strict=True)], axis=0
+        )
+        squares = values[first:end].reshape(channels, -1) * unshare / _SQUARE_WEIGHT - explained
+        variance = square_fit.solve(squares, unshare * noise / _SQUARE_WEIGHT)
+        total = np.maximum(np.maximum(values[end:] / _SPECTRUM_WEIGHT, 0) ** 2 - (noise / _SPECTRUM_WEIGHT) ** 2, 0)
+        return AppearanceStatistics(weights, variance, self._texture_spectrum(total, expected))
 
     def render(
         self, label: NDArray[np.uint8], statistics: AppearanceStatistics, rng: np.random.Generator
     ) -> NDArray[np.float32]:
-        """Return an image (channel, \\*spatial) in [-1, 1] of a label map, dressed with released statistics."""
-        vector = self.frame.pose_vector(label)
-        if vector is None:
-            raise ValueError("a label map without foreground has no pose: draw another")
-        pose = self.frame.pose(vector)
-        region = self.region_map(label)
-        distance = ndimage.distance_transform_edt(label == 0)
-        far = np.clip(distance / _NEAR - 0.5, 0, 1)
-        common = rng.standard_normal()
-        planes = []
-        for channel in range(self.grid.channels):
-            own = rng.standard_normal(self.regions)
-            shift = statistics.level_spread[:, channel] * (0.7 * common + 0.7 * own)
-            near = ndimage.gaussian_filter((statistics.level[:, channel] + shift)[region], 0.6)
-            around = self.frame.leave(self.frame.expand(statistics.position[channel]), pose, "nearest")
-            residual = self._unexplained(around, statistics, channel, region)
-            planes.append(near * (1 - far) + (around + shift[0]) * far + self._texture(residual, region, rng))
-        return scale(np.stack(planes).astype(np.float32), self.grid.intensity_percentiles)
+        """Return an image (channel, \\*spatial) in [-1, 1] of a label map, dressed with released statistics.
 
-    def region_map(self, label: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return the region (by distance outside, by label and depth inside) of every voxel."""
-        inside = label > 0
-        if not inside.any():
-            return np.full(label.shape, len(_OUTSIDE), dtype=np.int64)
-        region = np.digitize(ndimage.distance_transform_edt(~inside), _OUTSIDE, right=True)
-        depth = np.digitize(ndimage.distance_transform_edt(inside), _INSIDE, right=True)
-        first, step = len(_OUTSIDE) + 1, len(_INSIDE) + 1
-        return np.where(inside, first + (label.astype(np.int64) - 1) * step + depth, region)
+        All channels share one texture, each with its own strength: light and tissue change colours together.
+        """
+        expected = self.features.combine(statistics.mean, label)
+        variance = self.square_features.combine(statistics.variance, label)
+        spread = np.sqrt(np.clip(variance, _SD_RANGE[0] ** 2, _SD_RANGE[1] ** 2))
+        waves = np.sqrt(statistics.spectrum)[self._bins] * rng.standard_normal(self.grid.shape)
+        return np.clip(expected + spread * fft.idctn(waves, norm="ortho"), -1, 1).astype(np.float32)
 
-    def _unexplained(
-        self, around: Array, statistics: AppearanceStatistics, channel: int, region: NDArray[np.int64]
-    ) -> Array:
-        """Return the standard deviation (region,) that the mean image leaves of each outer region's texture."""
-        counts = np.maximum(np.bincount(region.reshape(-1), minlength=self.regions), 1)
-        offset = (around - statistics.level[:, channel][region]).reshape(-1)
-        explained = np.bincount(region.reshape(-1), offset**2, self.regions) / counts
-        outer = np.arange(self.regions) <= len(_OUTSIDE)
-        left = np.where(outer, statistics.texture**2 - explained, statistics.texture**2)
-        return np.sqrt(np.clip(left, _FINE_SD**2, None))
+    def _power(self, image: NDArray[np.floating]) -> Array:
+        """Return each bin's share of the mean square of an image's grey values; the shares add up to it."""
+        waves = fft.dctn(image.mean(0), norm="ortho")
+        return np.bincount(self._bins.reshape(-1), np.square(waves).reshape(-1)) / waves.size
 
-    def _texture(self, sd: Array, region: NDArray[np.int64], rng: np.random.Generator) -> Array:
-        coarse = smooth_field(rng, self.grid.shape, _COARSE_KNOTS)
-        middle = ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), 1.2)
-        mixed = _TEXTURE_SHARE * (0.8 * coarse / coarse.std() + 0.6 * middle / middle.std())
-        smooth_sd = ndimage.gaussian_filter(sd[region], 1.0)
-        return np.asarray(smooth_sd * mixed + _FINE_SD * rng.standard_normal(self.grid.shape))
+    def _texture_spectrum(self, total: Array, expected: Sequence[Array]) -> Array:
+        explained = np.mean([self._power(image) for image in expected], axis=0)
+        texture = np.maximum(total - explained, _LEAST_SHARE * total)
+        if not texture.any():
+            texture = self._bin_sizes.astype(float)  # all noise: white
+        return np.asarray(texture / texture.sum() * self._bins.size / self._bin_sizes)
 
 
-def _shrink(waves: Array, noise_sd: float) -> Array:
-    # Wiener's filter with the signal's power taken from the noisy coefficients themselves.
-    power = waves**2
-    return np.asarray(waves * np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12))
+def _frequency_bins(shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return the bin (\\*spatial) of each cosine coefficient: octaves an axis, jointly, numbered without gaps."""
+    lines = [np.digitize(np.arange(size) / (2 * size), _OCTAVE_EDGES) for size in shape]
+    joint = np.zeros(shape, dtype=np.int64)
+    for line in np.meshgrid(*lines, indexing="ij"):
+        joint = joint * (len(_OCTAVE_EDGES) + 1) + line
+    return np.asarray(np.unique(joint, return_inverse=True)[1].reshape(shape), dtype=np.int64)

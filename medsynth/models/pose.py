@@ -43,7 +43,7 @@ class PoseFrame:
         self.points = _lattice(self.shape) * half_width_sd
         self._half_width_sd = half_width_sd
         self._half = np.array(grid.shape) / 2
-        self._voxels = _lattice(grid.shape)
+        self.voxels = _lattice(grid.shape)
         self._upper = np.triu_indices(grid.spatial_dims)
         # Off-diagonal entries count twice in the Frobenius norm, and so in the clip.
         self._unweight = np.where(self._upper[0] == self._upper[1], 1.0, 1 / np.sqrt(2))
@@ -62,7 +62,7 @@ class PoseFrame:
         where = label.reshape(-1) > 0
         if not where.any():
             return None
-        points = self._voxels[:, where]
+        points = self.voxels[:, where]
         centre = points.mean(1)
         spread = points - centre[:, None]
         moments = spread @ spread.T / points.shape[1] + np.diag((_MIN_VOXEL_SD / self._half) ** 2)
@@ -87,7 +87,7 @@ class PoseFrame:
 
     def leave(self, volume: Array, pose: Pose, outside: Outside = "constant") -> Array:
         """Return a canonical ``volume`` put back on the grid under ``pose``; outside the frame 0 or the nearest."""
-        points = np.linalg.solve(pose.stretch, self._voxels - pose.centre[:, None]) / self._half_width_sd
+        points = np.linalg.solve(pose.stretch, self.voxels - pose.centre[:, None]) / self._half_width_sd
         half = np.array(self.shape) / 2
         return _sample(volume, (points + 1) * half[:, None] - 0.5, self.grid.shape, outside)
 

@@ -111,7 +111,7 @@ def _replays(job: train.Job, ran: Executed, built: Generator, patients: list[Pat
 
         yield replay.audit_sums(run_masks, neighbours, "masks")
     if (mechanism := ran.appearance) is not None:
-        space = AppearanceSpace(job.config.grid, job.config.train.appearance)
+        space = train.appearance_space(job)
 
         def run_appearance(missing: int | None, wrap: replay.Wrap) -> None:
             left = [patient for number, patient in enumerate(cohort) if number != missing]

@@ -45,6 +45,7 @@ _LEAST_COUNT = 0.25  # a noisy count below this share of the denominator is take
 _PHANTOMS = 64
 _CLIP_QUANTILE = 0.9
 _FULL_RANK = 150
+_POSE_VARIANCE = 0.02  # public: what is believed of a pose where noise leaves nothing to see
 _NO_CLIP = 1e12  # a study without privacy has nothing to bound
 
 
@@ -206,11 +207,14 @@ def _measure(patients: list[Patient], space: ShapeSpace, sums: _Sums, entropy: E
     shape_mean, kept = _shrink(shape_mean, space, noise_sd)
     centre = np.concatenate([[_COUNT_WEIGHT], pose_mean * _POSE_WEIGHT, shape_mean])
     spread = sums.spread.release(_spread_vectors(labels, space, centre, covariance), entropy)
-    spread = spread / max(spread[0] / _SPREAD_COUNT_WEIGHT, _LEAST_COUNT)
+    spread_count = max(spread[0] / _SPREAD_COUNT_WEIGHT, _LEAST_COUNT)
+    spread = spread / spread_count
     cut = 1 + space.pose_size**2
     pose_square = spread[1:cut].reshape(space.pose_size, -1) / _SPREAD_POSE_WEIGHT
     # Deviations were taken from noisy means: take that (public) noise out again.
-    pose = positive_part(pose_square - np.eye(space.pose_size) * (noise_sd / _POSE_WEIGHT) ** 2)
+    pose_square = pose_square - np.eye(space.pose_size) * (noise_sd / _POSE_WEIGHT) ** 2
+    square_sd = sums.spread.noise_multiplier * sums.spread.clip_norm / sums.spread.denominator / spread_count
+    pose = positive_part(_towards_public(pose_square, square_sd / _SPREAD_POSE_WEIGHT))
     if covariance == "full":
         return MaskStatistics(pose_mean, pose, shape_mean, _full_root(spread[cut:], space))
     return MaskStatistics(pose_mean, pose, shape_mean, np.maximum(spread[cut:] - kept * noise_sd**2, 0))
@@ -261,6 +265,12 @@ def _shrink(shape_mean: Array, space: ShapeSpace, noise_sd: float) -> tuple[Arra
     power = np.bincount(space.bands, shape_mean**2, space.band_count) / space.band_sizes
     weight = np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12)
     return shape_mean * weight[space.bands], weight**2
+
+
+def _towards_public(covariance: Array, noise_sd: float) -> Array:
+    """Pull a noisy covariance to a public one by the noise's share: poses must not scatter because epsilon is small."""
+    weight = _POSE_VARIANCE**2 / (_POSE_VARIANCE**2 + noise_sd**2)
+    return np.asarray(weight * covariance + (1 - weight) * _POSE_VARIANCE * np.eye(len(covariance)))
 
 
 def _full_root(square: Array, space: ShapeSpace) -> Array:

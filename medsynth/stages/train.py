@@ -53,8 +53,7 @@ _JOURNAL = "steps.jsonl"
 _STATE = "state.json"
 _CLAIM = 5  # steps that are claimed, and at worst lost, together
 _PREFLIGHT_UNITS = 4
-_CLIP_PHANTOMS = 48
-_CLIP_QUANTILE = 0.5  # random-contrast phantoms vary more than one modality does
+_GRAM_MAPS = 48  # label maps that stand for the patients' in the least squares of appearance
 _EPSILON_POINTS = 8
 _LOG_EVERY = 20
 _NO_CLIP = 1e12
@@ -204,10 +203,10 @@ def _appearance(job: Job, state: dict[str, Any]) -> AppearanceStatistics:
         state["entries"] |= {"appearance": before} if before else {}
     if "appearance" not in state["entries"]:
         config = job.config
-        space = AppearanceSpace(config.grid, config.train.appearance)
+        space = appearance_space(job)
         denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
         noise = _plan(job).appearance_noise_multiplier
-        mechanism = GaussianSum("appearance", space.size, appearance_clip(job, space), noise, denominator)
+        mechanism = GaussianSum("appearance", space.size, _appearance_clip(job), noise, denominator)
         entry = _reserve(job, [mechanism], resume=True)
         mean = mechanism.release(appearance_vectors(_patients(job), space), open_entropy(config.privacy.entropy))
         released = io.BytesIO()
@@ -228,18 +227,15 @@ def appearance_vectors(patients: Iterable[Patient], space: AppearanceSpace) -> I
         yield np.mean([space.vector(image, label) for image, label in records], axis=0)
 
 
-def appearance_clip(job: Job, space: AppearanceSpace) -> float:
-    """Return the clip norm of the appearance statistics, a public value."""
-    if not job.config.privacy.private:
-        return _NO_CLIP
-    if job.config.train.appearance.clip_norm is not None:
-        return job.config.train.appearance.clip_norm
-    from medsynth.imaging.phantom import phantom_pairs
+def appearance_space(job: Job) -> AppearanceSpace:
+    """Return the layout of the appearance statistics, with label maps of the stage ``masks`` and no patient's."""
+    source = load_masks(job.inputs["masks"])
+    maps = [source.draw(job.seed("appearance-map", index)) for index in range(_GRAM_MAPS)]
+    return AppearanceSpace(job.config.grid, job.config.train.appearance, maps)
 
-    seed = derive_seed(job.config.encode.phantoms.seed, "appearance", "clip")
-    images, labels = phantom_pairs(job.config.grid, _CLIP_PHANTOMS, seed)
-    norms = [np.linalg.norm(space.vector(i, x)) for i, x in zip(images, labels, strict=True)]
-    return float(np.quantile(norms, _CLIP_QUANTILE))
+
+def _appearance_clip(job: Job) -> float:
+    return job.config.train.appearance.clip_norm if job.config.privacy.private else _NO_CLIP
 
 
 def _phantom_latents(
@@ -250,7 +246,7 @@ def _phantom_latents(
 
     grid = job.config.grid
     source = load_masks(job.inputs["masks"])
-    space = AppearanceSpace(grid, job.config.train.appearance)
+    space = appearance_space(job)
     latents, masks = [], []
     for index in logs.progress(range(count), "rendering phantoms", count):
         label = source.draw(job.seed("phantom-label", index))

@@ -1,0 +1,179 @@
+"""What a label map says about every voxel: features of position and distance, and public least squares on them.
+
+Features of a voxel are low-pass cosines of its place in the foreground's canonical frame, the same (fewer) cosines in
+bands of signed distance to the foreground, so that edges follow the label, and one indicator a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from medsynth.config import Grid
+from medsynth.models.pose import Array, Pose, PoseFrame
+
+Singles = NDArray[np.float32]
+
+_BANDS = (-4.0, -2.0, 0.0, 2.0, 4.0, 8.0)  # knots in voxels from the foreground, inside negative; the last is far
+_HALF_WIDTH_SD = 4.0  # of the frame; beyond it the cosines keep their edge
+_ISOTROPY = 0.5  # what surrounds an organ stretches less than the organ does
+_GROUPS = 8  # frequency bands that are shrunk together
+_RIDGE = 0.02  # of the mean square of a feature: holds back what hardly any label map shows
+_GRAM_VOXELS = 3000  # drawn a label map
+
+
+class LabelFeatures:
+    """The features of one label map on one grid; holds no data.
+
+    Args:
+        grid: the public voxel grid.
+        wide: cosines an axis of the position.
+        narrow: cosines an axis inside each distance band.
+    """
+
+    def __init__(self, grid: Grid, wide: Sequence[int], narrow: Sequence[int]) -> None:
+        self.grid = grid
+        self._frame = PoseFrame(grid, tuple(narrow), 1.0)
+        self._wide, wide_radius = _low_pass(wide)
+        self._narrow, narrow_radius = _low_pass(narrow)
+        self._orders = [max(pair) for pair in zip(wide, narrow, strict=True)]
+        self._bands = len(_BANDS) - 1  # the far one is left to position alone
+        near = _GROUPS + np.tile(_group(narrow_radius), self._bands)
+        labels = np.full(grid.classes - 1, 2 * _GROUPS)
+        self.groups: NDArray[np.int64] = np.concatenate([_group(wide_radius), near, labels])
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return len(self.groups)
+
+    def project(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
+        """Return the means over voxels of features times ``values`` (value, \\*spatial): (value, feature)."""
+        wide, narrow, bands, labels = self._parts(label)
+        flat = values.reshape(len(values), -1).astype(np.float32)
+        rows = [
+            np.concatenate([wide @ row, ((bands * row) @ narrow.T).reshape(-1), labels @ row]).astype(float)
+            for row in flat
+        ]
+        return np.stack(rows) / flat.shape[1]
+
+    def combine(self, weights: Array, label: NDArray[np.uint8]) -> Array:
+        """Return the weighted sums of features at every voxel: weights (value, feature) to (value, \\*spatial)."""
+        wide, narrow, bands, labels = self._parts(label)
+        cut, end = len(wide), len(wide) + len(bands) * len(narrow)
+        rows = []
+        for row in weights.astype(np.float32):
+            near = ((row[cut:end].reshape(len(bands), -1) @ narrow) * bands).sum(0)
+            rows.append(row[:cut] @ wide + near + row[end:] @ labels)
+        return np.stack(rows).reshape(len(weights), *label.shape).astype(float)
+
+    def gram(self, labels: Sequence[NDArray[np.uint8]]) -> Array:
+        """Return the mean product of features (feature, feature) over label maps, on voxels drawn by a fixed seed."""
+        total, rng = np.zeros((self.size, self.size)), np.random.default_rng(0)
+        for label in labels:
+            voxels = rng.permutation(label.size)[:_GRAM_VOXELS]
+            wide, narrow, bands, parts = self._parts(label, voxels)
+            rows = np.concatenate([wide, (bands[:, None] * narrow[None]).reshape(-1, len(voxels)), parts])
+            total += (rows @ rows.T) / len(voxels)
+        return total / len(labels)
+
+    def has_pose(self, label: NDArray[np.uint8]) -> bool:
+        """Return whether there is a foreground to measure from."""
+        return bool((label > 0).any())
+
+    def _parts(
+        self, label: NDArray[np.uint8], voxels: NDArray[np.int64] | None = None
+    ) -> tuple[Singles, Singles, Singles, Singles]:
+        """Return wide cosines, narrow cosines, band weights and label indicators, each (feature, voxel)."""
+        pose, chosen = self._pose(label), slice(None) if voxels is None else voxels
+        offset = self._frame.voxels[:, chosen] - pose.centre[:, None]
+        place = np.clip(np.linalg.solve(pose.stretch, offset) / _HALF_WIDTH_SD, -1, 1).astype(np.float32)
+        cosines = [_cosines(line, count) for line, count in zip(place, self._orders, strict=True)]
+        hats = _hats(signed_distance(label > 0).reshape(-1)[chosen])[: self._bands]
+        parts = np.stack([label.reshape(-1)[chosen] == value for value in range(1, self.grid.classes)])
+        return _product(cosines, self._wide), _product(cosines, self._narrow), hats, parts.astype(np.float32)
+
+    def _pose(self, label: NDArray[np.uint8]) -> Pose:
+        vector = self._frame.pose_vector(label)
+        if vector is None:
+            raise ValueError("a label map without foreground has no pose: draw another")
+        pose = self._frame.pose(vector)
+        values, vectors = np.linalg.eigh(pose.stretch)
+        tempered = values ** (1 - _ISOTROPY) * np.exp(np.log(values).mean()) ** _ISOTROPY
+        return Pose(pose.centre, (vectors * tempered) @ vectors.T)
+
+
+class LeastSquares:
+    """Linear regression on features of label maps when only the patients' side needs a mechanism.
+
+    A patient's vector is the product of features and values, whitened by the Gram matrix of label maps that are
+    public or released; the solution is that matrix applied once more. Nothing but the vector reads an image.
+
+    Args:
+        features: the layout.
+        maps: label maps (map, \\*spatial) from the mask generator, never from patients.
+    """
+
+    def __init__(self, features: LabelFeatures, maps: Sequence[NDArray[np.uint8]]) -> None:
+        self.features = features
+        gram = features.gram(maps)
+        values, vectors = np.linalg.eigh(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
+        self._whiten = (vectors / np.sqrt(values)) @ vectors.T
+
+    def vector(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
+        """Return the whitened moments (value, feature); the norm is about the root mean square of ``values``."""
+        return self.features.project(values, label) @ self._whiten
+
+    def solve(self, vectors: Array, noise_sd: float) -> Array:
+        """Return the weights (value, feature) of noisy mean vectors, each frequency band shrunk by its noise.
+
+        Wiener's filter (1949) with the signal's power taken from the noisy coefficients themselves.
+        """
+        groups = self.features.groups
+        sizes = np.maximum(np.bincount(groups), 1)
+        weights = []
+        for vector in vectors:
+            power = np.bincount(groups, vector**2) / sizes
+            kept = np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12)
+            weights.append(self._whiten @ (vector * kept[groups]))
+        return np.stack(weights)
+
+
+def signed_distance(mask: NDArray[np.bool_]) -> Array:
+    """Return voxels to the surface of a mask, negative inside, half a voxel at the voxels that touch it."""
+    inside, outside = ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)
+    return np.asarray(np.where(mask, 0.5 - inside, outside - 0.5))
+
+
+def _low_pass(counts: Sequence[int]) -> tuple[NDArray[np.int64], Array]:
+    """Return the frequencies (wave, axis) inside an ellipsoid of ``counts`` an axis, and their radius in (0, 1)."""
+    waves = np.stack(np.meshgrid(*map(np.arange, counts), indexing="ij"), -1).reshape(-1, len(counts))
+    radius = np.sqrt(np.square(waves / np.array(counts)).sum(1))
+    return waves[radius < 1], radius[radius < 1]
+
+
+def _group(radius: Array) -> NDArray[np.int64]:
+    return np.asarray((radius * _GROUPS).astype(np.int64))
+
+
+def _cosines(line: Singles, count: int) -> Singles:
+    """Return cosines of unit mean square (frequency, voxel) of places in [-1, 1]."""
+    order = np.arange(count, dtype=np.float32)[:, None]
+    return np.asarray(np.cos(np.pi / 2 * order * (line + 1)) * np.where(order > 0, np.sqrt(2.0), 1.0), np.float32)
+
+
+def _product(cosines: Sequence[Singles], waves: NDArray[np.int64]) -> Singles:
+    product = cosines[0][waves[:, 0]]
+    for line, order in zip(cosines[1:], waves.T[1:], strict=True):
+        product = product * line[order]
+    return product
+
+
+def _hats(distance: Array) -> Singles:
+    """Return piecewise linear weights (band, voxel) that add up to one."""
+    knots = np.array(_BANDS)
+    place = np.clip(distance, knots[0], knots[-1])
+    return np.stack([np.interp(place, knots, row) for row in np.eye(len(knots))]).astype(np.float32)

@@ -1,0 +1,65 @@
+"""Label features: what they span, and least squares that only need public label maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medsynth.config import Grid
+from medsynth.imaging.phantom import sample_label_maps
+from medsynth.models.label_features import LabelFeatures, LeastSquares, signed_distance
+
+
+def features(rank: int) -> LabelFeatures:
+    grid = Grid(
+        spatial_dims=2 if rank == 2 else 3,
+        shape=(24,) * rank,
+        spacing_mm=(1.0,) * rank,
+        labels={0: "none", 1: "organ", 2: "part"},
+    )
+    return LabelFeatures(grid, (4,) * rank, (2,) * rank)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_projection_and_combination_are_adjoint(rank: int) -> None:
+    layout, rng = features(rank), np.random.default_rng(0)
+    label = sample_label_maps(layout.grid, 1, 3)[0]
+    values, weights = rng.standard_normal((2, *label.shape)), rng.standard_normal((2, layout.size))
+    inner = (layout.combine(weights, label) * values).mean(axis=tuple(range(1, rank + 1))).sum()
+    assert inner == pytest.approx((layout.project(values, label) * weights).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_an_image_that_follows_its_label_map_is_found_from_other_label_maps(rank: int) -> None:
+    layout, rng = features(rank), np.random.default_rng(1)
+    truth = 0.1 * rng.standard_normal((1, layout.size))
+    patients, others = sample_label_maps(layout.grid, 60, 5), list(sample_label_maps(layout.grid, 60, 6))
+    fit = LeastSquares(layout, others)
+    mean = np.mean([fit.vector(layout.combine(truth, label), label) for label in patients], axis=0)
+    found = fit.solve(mean, 0.0)
+    wanted = np.stack([layout.combine(truth, label) for label in others[:10]])
+    got = np.stack([layout.combine(found, label) for label in others[:10]])
+    assert np.mean((got - wanted) ** 2) < 0.2 * np.var(wanted)
+
+
+def test_a_whitened_vector_is_about_as_long_as_its_image() -> None:
+    layout, rng = features(2), np.random.default_rng(2)
+    maps = list(sample_label_maps(layout.grid, 60, 7))
+    fit = LeastSquares(layout, maps)
+    image = np.clip(0.4 + 0.3 * rng.standard_normal((1, 24, 24)), -1, 1)
+    norms = [np.linalg.norm(fit.vector(image, label)) for label in maps]
+    assert np.median(norms) < 1.3 * np.sqrt((image**2).mean())
+
+
+def test_noise_is_shrunk_away_where_there_is_no_signal() -> None:
+    layout = features(2)
+    fit = LeastSquares(layout, list(sample_label_maps(layout.grid, 20, 7)))
+    noise = np.random.default_rng(0).normal(0, 0.1, (1, layout.size))
+    raw, shrunk = (np.linalg.norm(fit.solve(noise, sd)) for sd in (0.0, 0.1))
+    assert shrunk < 0.5 * raw
+
+
+def test_distances_are_counted_from_the_surface() -> None:
+    mask = np.zeros(9, bool)
+    mask[3:6] = True
+    np.testing.assert_allclose(signed_distance(mask), [2.5, 1.5, 0.5, -0.5, -1.5, -0.5, 0.5, 1.5, 2.5])
