@@ -23,7 +23,8 @@ from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import open_backend
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd, GaussianSum
-from medsynth.stages import masks, train
+from medsynth.stages import masks, private_training, train
+from medsynth.stages.training_job import Job
 from medsynth.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def audit_mechanisms(
         device: where the generator lies.
     """
     ran, settings = executed(config, inputs), config.audit
-    job = train.Job(config, inputs, inputs["generator"], "", device, Tracker())
+    job = Job(config, inputs, inputs["generator"], "", device, Tracker())
     select_trainable(built.denoiser, config.train.trainable)
     built.denoiser.train()
     if settings.record_replay:
@@ -76,7 +77,7 @@ def audit_mechanisms(
         yield from _replays(job, ran, built, patients)
     if settings.gradients and ran.training is not None:
         logs.say("audit: per-unit gradients")
-        batches = train.public_batches(job, built)[:_GRADIENT_BATCHES]
+        batches = private_training.public_batches(job, built)[:_GRADIENT_BATCHES]
         clip_norm = ran.training.clip_norm
         yield per_unit.audit_gradients(config.train.backend, built.denoiser, row_loss, batches, clip_norm)
     built.denoiser.eval().requires_grad_(False)
@@ -99,7 +100,7 @@ def _canaries(config: Study, ran: Executed) -> Iterator[Finding]:
         yield one_run.audit_training(ran.training, entropy, canaries=count)
 
 
-def _replays(job: train.Job, ran: Executed, built: Generator, patients: list[Patient]) -> Iterator[Finding]:
+def _replays(job: Job, ran: Executed, built: Generator, patients: list[Patient]) -> Iterator[Finding]:
     cohort = [*patients[:_COHORT], *hostile_patients(patients[0])]
     real = min(job.config.audit.neighbours, len(cohort) - 3)
     # The hostile ones come last: all of them are taken out, and so are the first real ones.
@@ -123,7 +124,7 @@ def _replays(job: train.Job, ran: Executed, built: Generator, patients: list[Pat
 
 
 def _replay_training(
-    job: train.Job, mechanism: DpSgd, built: Generator, cohort: list[Patient], neighbours: list[int]
+    job: Job, mechanism: DpSgd, built: Generator, cohort: list[Patient], neighbours: list[int]
 ) -> Finding:
     @cache
     def encoded(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +135,7 @@ def _replay_training(
         )
 
     def unit(number: int) -> Batch:
-        return train.unit_batch(job, built.denoiser.preconditioning, f"audit-{number}", *encoded(number), 0)
+        return private_training.unit_batch(job, built.denoiser.preconditioning, f"audit-{number}", *encoded(number), 0)
 
     backend = open_backend(job.config.train.backend, built.denoiser, row_loss, mechanism.clip_norm)
     return replay.audit_steps(mechanism, backend, unit, len(cohort), neighbours)

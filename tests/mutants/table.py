@@ -148,15 +148,13 @@ def noise_depends_on_the_number_of_patients(original: Any) -> Any:
 
 
 @takes_out(
-    "stages.train._train_private",
+    "stages.private_training.train_privately",
     3,
     "stages/test_train.py::test_pitfall_03_rate_noise_and_denominator_do_not_know_the_number_of_patients",
 )
 def training_counts_the_patients(original: Any) -> Any:
     def counting(job: Any, built: Any, state: Any) -> None:
-        privacy = job.config.privacy.model_copy(
-            update={"declared_patients": len(module("stages.train")._patients(job))}
-        )
+        privacy = job.config.privacy.model_copy(update={"declared_patients": len(job.patients())})
         original(replace(job, config=job.config.model_copy(update={"privacy": privacy})), built, state)
 
     return counting

@@ -19,7 +19,8 @@ from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd
-from medsynth.stages import train
+from medsynth.stages import private_training, train
+from medsynth.stages.training_job import Job
 from medsynth.tracking import Tracker
 
 Before = Callable[..., dict[str, Path]]
@@ -43,7 +44,7 @@ def changed(settings: dict[str, Any], **values: Any) -> Study:
 def _no_curve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the epsilon series, eight compositions of which are most of a tiny training, but in 3D."""
     if "tiny_study_3d" not in request.fixturenames:
-        monkeypatch.setattr(train, "_epsilon_curve", lambda *_: {})
+        monkeypatch.setattr(private_training, "_epsilon_curve", lambda *_: {})
 
 
 def steps_taken(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
@@ -115,7 +116,7 @@ def test_pitfall_01_a_patient_of_many_slices_is_one_unit_with_one_clip(
         seen.append(([len(batch["steps"]) for batch in batches], size))
         return total
 
-    monkeypatch.setattr(train, "_public_gradient_norm", lambda *_: pytest.fail("the clip norm is given"))
+    monkeypatch.setattr(private_training, "_public_gradient_norm", lambda *_: pytest.fail("the clip norm is given"))
     monkeypatch.setattr(UnitBackend, "clipped_sum", clipped_sum)
     train.run(study, inputs, inputs["generator"], Tracker())
     patients = seen[-T:]
@@ -125,11 +126,11 @@ def test_pitfall_01_a_patient_of_many_slices_is_one_unit_with_one_clip(
 
 def rows_of(study: Study, inputs: dict[str, Path], folder: Path, person: str) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    job = train.Job(study, inputs, folder, "0" * 64, torch.device("cpu"), Tracker())
+    job = Job(study, inputs, folder, "0" * 64, torch.device("cpu"), Tracker())
     torch.manual_seed(job.seed("weights"))
     built = train.build_generator(study.grid, study.train, train.load_codec(inputs["autoencoder"]))
-    encoded = {name: rows for name, *rows in train._encode_patients(job, built)}
-    return train.unit_batch(job, built.denoiser.preconditioning, person, *encoded[person], step=3)
+    encoded = {name: rows for name, *rows in job.encoded_patients(built)}
+    return private_training.unit_batch(job, built.denoiser.preconditioning, person, *encoded[person], step=3)
 
 
 def test_a_patients_rows_depend_on_that_patient_alone(

@@ -1,0 +1,183 @@
+"""The part of stage ``train`` that patients move: T noisy steps of DP-SGD on the parameters that were chosen for it.
+
+Steps are claimed in a journal before a patient is read for them. A killed run goes on within its reservation: finished
+steps are kept, started ones are lost, fresh noise is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medsynth import logs
+from medsynth.diffusion.fitting import open_ema
+from medsynth.diffusion.generator import Generator
+from medsynth.diffusion.objective import Batch, noise_rows, row_loss
+from medsynth.models.adapters import add_adapters, select_trainable
+from medsynth.models.denoiser import Preconditioning
+from medsynth.randomness import derive_seed
+from medsynth.stages.training_job import LOG_EVERY, Job
+
+if TYPE_CHECKING:
+    from medsynth.privacy.entropy import Entropy
+    from medsynth.privacy.gradients import Backend
+    from medsynth.privacy.journal import StepJournal
+    from medsynth.privacy.mechanism import DpSgd
+
+_CHECKPOINT = "checkpoint.pt"
+_JOURNAL = "steps.jsonl"
+SCRATCH = (_CHECKPOINT, _JOURNAL, f"{_JOURNAL}.lock")
+"""Files that are there only until the stage is finished."""
+_CLAIM = 5  # steps that are claimed, and at worst lost, together
+_PREFLIGHT_UNITS = 4
+_EPSILON_POINTS = 8
+
+
+def choose_trainable(job: Job, built: Generator) -> int:
+    """Add the adapters that the study wants, freeze what patients may not move, and count what they may."""
+    settings = job.config.train
+    if settings.trainable == "lora":
+        add_adapters(built.denoiser, settings.lora_rank)
+        built.denoiser.to(job.device)
+    return select_trainable(built.denoiser, settings.trainable)
+
+
+def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
+    """Take T steps of DP-SGD on patients; see the module's first lines for what a kill means."""
+    from medsynth.privacy.entropy import open_entropy
+    from medsynth.privacy.gradients import open_backend
+    from medsynth.privacy.journal import StepJournal
+    from medsynth.privacy.mechanism import DpSgd
+    from medsynth.privacy.preflight import preflight, refuse_modules
+
+    settings, privacy = job.config.train, job.config.privacy
+    model = built.denoiser.train()
+    refuse_modules(model)
+    public = public_batches(job, built)
+    clip_norm = settings.clip_norm or _public_gradient_norm(model, public)
+    backend = open_backend(settings.backend, model, row_loss, clip_norm)
+    evidence = preflight(backend, model, row_loss, public[:_PREFLIGHT_UNITS], clip_norm)
+    trained = privacy.declared_patients * (1 - job.config.ingest.test_fraction)
+    mechanism = DpSgd(
+        name="denoiser",
+        sampling_rate=settings.sampling_rate,
+        steps=settings.steps,
+        noise_multiplier=job.plan.training_noise_multiplier,
+        clip_norm=clip_norm,
+        denominator=settings.sampling_rate * trained,
+    )
+    path = job.folder / _JOURNAL
+    if "training" not in state["entries"] or not path.exists():
+        # Without the journal of its spent steps no earlier reservation can be gone on with: this one is new.
+        path.unlink(missing_ok=True)
+        state["entries"]["training"] = job.reserve([mechanism], preflight=evidence.to_json(), sensitivity=_unit(job))
+        job.save(state)
+    journal = StepJournal(path, settings.steps)
+    curve = _epsilon_curve(job, mechanism, state["entries"]["training"])
+    _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy), curve)
+
+
+def _private_steps(
+    job: Job,
+    built: Generator,
+    backend: Backend,
+    mechanism: DpSgd,
+    journal: StepJournal,
+    entropy: Entropy,
+    curve: Mapping[int, float],
+) -> None:
+    settings = job.config.train
+    model = built.denoiser
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    ema = open_ema(model, settings.ema_decay)
+    _restore(job, model, optimizer, ema)
+    encoded = job.encoded_patients(built)
+    steps = journal.claimed_steps(_CLAIM)
+    for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
+        units = [
+            unit_batch(job, model.preconditioning, *encoded[index], step)
+            for index in mechanism.draw(len(encoded), entropy)
+        ]
+        total = backend.clipped_sum(units)
+        noisy = mechanism.noisy_mean(total.tensors, entropy)
+        for parameter, gradient in zip(parameters, noisy, strict=True):
+            parameter.grad = gradient.to(parameter.device).reshape(parameter.shape)
+        optimizer.step()
+        ema.step(parameters)
+        if (step + 1) % _CLAIM == 0 or step + 1 == settings.steps:
+            _keep(job, model, optimizer, ema)
+        if step + 1 in curve:
+            job.tracker.metrics({"epsilon": curve[step + 1]}, step=step + 1)
+        if (step + 1) % LOG_EVERY == 0 and total.norms:
+            job.tracker.metrics({"internal_gradient_norm": float(np.median(total.norms))}, step=step + 1)
+    ema.copy_to(parameters)
+
+
+def unit_batch(
+    job: Job, preconditioning: Preconditioning, patient_id: str, latents: Tensor, masks: Tensor, step: int
+) -> Batch:
+    """Return one patient's rows of one step: a function of the patient and public seeds, of nobody else."""
+    settings = job.config.train
+    stream = torch.Generator().manual_seed(job.seed("rows", step, patient_id))
+    rows = torch.randperm(len(latents), generator=stream)[: settings.max_records].repeat(settings.draws)
+    batch = noise_rows(latents[rows], masks[rows], preconditioning, settings.mask_dropout, stream)
+    return {name: value.to(job.device) for name, value in batch.items()}
+
+
+def public_batches(job: Job, built: Generator) -> list[Batch]:
+    """Return batches of phantoms, made like those of patients."""
+    from medsynth.imaging.phantom import phantom_pairs
+
+    seed = derive_seed(job.config.encode.phantoms.seed, "train", "preflight")
+    images, labels = phantom_pairs(job.config.grid, max(_PREFLIGHT_UNITS, 8), seed)
+    batches = []
+    for index in range(len(images)):
+        latents = built.codec.encode(torch.from_numpy(images[index : index + 1]).to(job.device)).cpu()
+        masks = built.masks(torch.from_numpy(labels[index : index + 1]).to(job.device)).cpu()
+        batches.append(unit_batch(job, built.denoiser.preconditioning, f"phantom-{index}", latents, masks, 0))
+    return batches
+
+
+def _public_gradient_norm(model: torch.nn.Module, batches: list[Batch]) -> float:
+    from medsynth.privacy.gradients import open_backend
+
+    norms = open_backend("unit", model, row_loss, 1.0).clipped_sum(batches).norms
+    return max(float(np.median(norms)), 1e-6)
+
+
+def _unit(job: Job) -> dict[str, Any]:
+    return {"draws": job.config.train.draws, "max_records": job.config.train.max_records}
+
+
+def _epsilon_curve(job: Job, mechanism: DpSgd, entry: str) -> dict[int, float]:
+    """Return epsilon of everything in the ledger with only the first t steps of reservation ``entry``, for a few t."""
+    from medsynth.privacy.accounting import epsilon
+    from medsynth.privacy.ledger import charged_events
+
+    before = charged_events([other for other in job.ledger.entries() if other["id"] != entry])
+    points = np.unique(np.linspace(1, mechanism.steps, _EPSILON_POINTS).astype(int))
+    event, trials = mechanism.event(), job.config.privacy.trials
+    return {int(t): epsilon([*before, replace(event, count=int(t) * trials)], job.config.privacy.delta) for t in points}
+
+
+def _keep(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
+    trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    scratch = job.folder / f"{_CHECKPOINT}.partial"
+    torch.save({"parameters": trainable, "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, scratch)
+    scratch.replace(job.folder / _CHECKPOINT)
+
+
+def _restore(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
+    path = job.folder / _CHECKPOINT
+    if not path.is_file():
+        return
+    kept = torch.load(path, map_location=job.device, weights_only=True)
+    model.load_state_dict(kept["parameters"], strict=False)
+    optimizer.load_state_dict(kept["optimizer"])
+    ema.load_state_dict(kept["ema"])
