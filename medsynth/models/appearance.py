@@ -26,6 +26,7 @@ _SPECTRUM_WEIGHT = 0.5
 _LEAST_COUNT = 0.3  # a noisy count below this share of the denominator is taken as this share
 _SD_RANGE = (0.05, 0.7)  # public: texture of an image in [-1, 1]
 _OCTAVE_EDGES = (0.004, 0.012, 0.025, 0.045, 0.075, 0.12, 0.2)  # cycles a voxel at which a frequency bin ends
+_STRENGTH = 0.75  # of the texture: what it holds of other anatomy only blurs edges as a random field
 _LEAST_SHARE = 0.05  # of a bin's whole power that is texture, however much the expected image explains
 
 
@@ -127,7 +128,7 @@ class AppearanceSpace:
         variance = self.square_features.combine(statistics.variance, label)
         spread = np.sqrt(np.clip(variance, _SD_RANGE[0] ** 2, _SD_RANGE[1] ** 2))
         waves = np.sqrt(statistics.spectrum)[self._bins] * rng.standard_normal(self.grid.shape)
-        return np.clip(expected + spread * fft.idctn(waves, norm="ortho"), -1, 1).astype(np.float32)
+        return np.clip(expected + _STRENGTH * spread * fft.idctn(waves, norm="ortho"), -1, 1).astype(np.float32)
 
     def _power(self, image: NDArray[np.floating]) -> Array:
         """Return each bin's share of the mean square of an image's grey values; the shares add up to it."""

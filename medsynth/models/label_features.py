@@ -23,6 +23,7 @@ _ISOTROPY = 0.5  # what surrounds an organ stretches less than the organ does
 _GROUPS = 8  # frequency bands that are shrunk together
 _RIDGE = 0.02  # of the mean square of a feature: holds back what hardly any label map shows
 _GRAM_VOXELS = 3000  # drawn a label map
+_NEAR = 4.0  # voxels from the foreground at which a voxel counts half: there are many far ones, and they matter less
 
 
 class LabelFeatures:
@@ -51,18 +52,15 @@ class LabelFeatures:
         return len(self.groups)
 
     def project(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
-        """Return the means over voxels of features times ``values`` (value, \\*spatial): (value, feature)."""
-        wide, narrow, bands, labels = self._parts(label)
-        flat = values.reshape(len(values), -1).astype(np.float32)
-        rows = [
-            np.concatenate([wide @ row, ((bands * row) @ narrow.T).reshape(-1), labels @ row]).astype(float)
-            for row in flat
-        ]
-        return np.stack(rows) / flat.shape[1]
+        """Return weighted means of features times ``values`` (value, \\*spatial): (value, feature)."""
+        wide, narrow, bands, labels, counts = self._parts(label)
+        flat = values.reshape(len(values), -1).astype(np.float32) * (counts / counts.sum())
+        rows = [np.concatenate([wide @ row, ((bands * row) @ narrow.T).reshape(-1), labels @ row]) for row in flat]
+        return np.stack(rows).astype(float)
 
     def combine(self, weights: Array, label: NDArray[np.uint8]) -> Array:
         """Return the weighted sums of features at every voxel: weights (value, feature) to (value, \\*spatial)."""
-        wide, narrow, bands, labels = self._parts(label)
+        wide, narrow, bands, labels, _ = self._parts(label)
         cut, end = len(wide), len(wide) + len(bands) * len(narrow)
         rows = []
         for row in weights.astype(np.float32):
@@ -71,13 +69,13 @@ class LabelFeatures:
         return np.stack(rows).reshape(len(weights), *label.shape).astype(float)
 
     def gram(self, labels: Sequence[NDArray[np.uint8]]) -> Array:
-        """Return the mean product of features (feature, feature) over label maps, on voxels drawn by a fixed seed."""
+        """Return the weighted mean product of features over label maps, on voxels drawn by a fixed seed."""
         total, rng = np.zeros((self.size, self.size)), np.random.default_rng(0)
         for label in labels:
             voxels = rng.permutation(label.size)[:_GRAM_VOXELS]
-            wide, narrow, bands, parts = self._parts(label, voxels)
+            wide, narrow, bands, parts, counts = self._parts(label, voxels)
             rows = np.concatenate([wide, (bands[:, None] * narrow[None]).reshape(-1, len(voxels)), parts])
-            total += (rows @ rows.T) / len(voxels)
+            total += (rows * (counts / counts.sum())) @ rows.T
         return total / len(labels)
 
     def has_pose(self, label: NDArray[np.uint8]) -> bool:
@@ -86,15 +84,17 @@ class LabelFeatures:
 
     def _parts(
         self, label: NDArray[np.uint8], voxels: NDArray[np.int64] | None = None
-    ) -> tuple[Singles, Singles, Singles, Singles]:
-        """Return wide cosines, narrow cosines, band weights and label indicators, each (feature, voxel)."""
+    ) -> tuple[Singles, Singles, Singles, Singles, Singles]:
+        """Return wide and narrow cosines, band weights, label indicators, (feature, voxel), and what a voxel counts."""
         pose, chosen = self._pose(label), slice(None) if voxels is None else voxels
         offset = self._frame.voxels[:, chosen] - pose.centre[:, None]
         place = np.clip(np.linalg.solve(pose.stretch, offset) / _HALF_WIDTH_SD, -1, 1).astype(np.float32)
         cosines = [_cosines(line, count) for line, count in zip(place, self._orders, strict=True)]
-        hats = _hats(signed_distance(label > 0).reshape(-1)[chosen])[: self._bands]
+        distance = signed_distance(label > 0).reshape(-1)[chosen]
+        hats = _hats(distance)[: self._bands]
+        counts = (1 / (1 + np.square(np.maximum(distance, 0) / _NEAR))).astype(np.float32)
         parts = np.stack([label.reshape(-1)[chosen] == value for value in range(1, self.grid.classes)])
-        return _product(cosines, self._wide), _product(cosines, self._narrow), hats, parts.astype(np.float32)
+        return _product(cosines, self._wide), _product(cosines, self._narrow), hats, parts.astype(np.float32), counts
 
     def _pose(self, label: NDArray[np.uint8]) -> Pose:
         vector = self._frame.pose_vector(label)
@@ -124,7 +124,7 @@ class LeastSquares:
         self._whiten = (vectors / np.sqrt(values)) @ vectors.T
 
     def vector(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
-        """Return the whitened moments (value, feature); the norm is about the root mean square of ``values``."""
+        """Return the whitened moments (value, feature), about as long as the (weighted) root mean square."""
         return self.features.project(values, label) @ self._whiten
 
     def solve(self, vectors: Array, noise_sd: float) -> Array:
