@@ -204,10 +204,10 @@ class _Books:
             sums.update(zip(self._samples, pieces, strict=True))
         while self._kept:
             parameter, rows = self._kept.pop()
-            sums[parameter] = factors.to(rows.dtype) @ self._clean(rows, clean)
+            sums[parameter] = (factors.to(rows.dtype) @ self._clean(rows, clean)).double()
         while self._held:
             parameter, part, way = self._held.pop()
-            found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held), way)
+            found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held), way).double()
             sums[parameter] = sums[parameter] + found if parameter in sums else found
         return [
             sums[p].view_as(p).double() if p in sums else torch.zeros_like(p, dtype=torch.float64, requires_grad=False)
