@@ -14,6 +14,11 @@ ROOT = "synthetic"
 """The stage folder that released files are rendered from."""
 LINEAGE = frozenset({"ingest", "encode", "masks", "train", "synthesise"})
 """The stages that a release may descend from. What others measure on patients may stop a release, never shape it."""
+_READS: Mapping[str, frozenset[str]] = {
+    "train": frozenset({"ingest", "encode", "masks"}),
+    "synthesise": frozenset({"encode", "masks", "train"}),
+}
+"""The stages that a stage always reads, whatever the configuration: an ancestry without one of them was shortened."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def broken_edges(nodes: Sequence[Node], entries: Sequence[Mapping[str, Any]]) ->
     for node in nodes:
         problems += _broken_edges_of(node, known)
         problems += _wrong_kind(node, known)
+        problems += _left_out(node, known)
         problems += _wrong_entries(node, entries)
     return problems
 
@@ -143,6 +149,19 @@ def _wrong_kind(node: Node, known: Mapping[str, Node]) -> Iterator[str]:
         yield f"'{node.folder}' calls itself public, but was made from patients"
 
 
+def _left_out(node: Node, known: Mapping[str, Node]) -> Iterator[str]:
+    """Yield what this stage always has and the ancestry does not name: then a spend could be hidden with it."""
+    read = {known[name].stage for name in node.parents if name in known}
+    learnt = node.stage == "train" or (node.stage == "masks" and node.sensitivity != "public")
+    always = _READS.get(node.stage, frozenset()) | ({"ingest"} if learnt else frozenset())
+    for stage in sorted(always - read):
+        yield f"'{node.folder}' names no folder of stage '{stage}', which stage '{node.stage}' always reads"
+    if learnt and not node.ledger_entries:
+        yield f"'{node.folder}' was learnt from patients, and names no spend in the ledger"
+    if node.folder == ROOT and (node.stage, node.sensitivity) != ("synthesise", "released"):
+        yield f"'{ROOT}' is {node.sensitivity} and of stage '{node.stage}': expected released pairs of 'synthesise'"
+
+
 def _wrong_entries(node: Node, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for identity in node.ledger_entries:
         entry = next((entry for entry in entries if entry["id"] == identity), None)
@@ -151,6 +170,8 @@ def _wrong_entries(node: Node, entries: Sequence[Mapping[str, Any]]) -> Iterator
             continue
         if entry["status"] != "complete" or entry["stage"] != node.stage:
             yield f"'{node.folder}' names ledger entry {identity}, which is not a finished one of its stage"
+        if not entry["events"]:
+            yield f"'{node.folder}' names ledger entry {identity}, which charges nothing"
         if entry["config_digest"] != node.config_digest:
             yield f"'{node.folder}' was made with another configuration than ledger entry {identity} charged"
         missing = [name for name, digest in entry["parents"].items() if node.parents.get(name) != digest]

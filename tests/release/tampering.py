@@ -19,6 +19,7 @@ from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
 from medsynth.release import card, keys, payload, signing, spending
 from medsynth.release.manifests import release_manifest
+from medsynth.release.statement import membership_in_words
 from medsynth.release.verify import verify
 
 IMAGE = "nifti/imagesTr/synthetic_0001.nii.gz"
@@ -119,6 +120,30 @@ def rewrite_ledger(release: Path, edit: Callable[[dict[str, Any]], object]) -> N
         payload.write_json(release / "ancestry.json", predicate["ancestry"])
 
     sign_again(release, release.parent / "attacker", follow, refresh=True)
+
+
+def empty_ledger(release: Path) -> None:
+    """Sign a release that claims to have read nobody: no spend, no cohort, epsilon 0, and all that follows."""
+    (release / "ledger.jsonl").write_bytes(b"")
+    book = Ledger(release / "ledger.jsonl")
+
+    def forget(predicate: dict[str, Any]) -> None:
+        nodes = [node for node in predicate["ancestry"] if node["folder"] != "cohort"]
+        for node in nodes:
+            node["parents"].pop("cohort", None)
+            node["ledger_entries"] = []
+        claim, account = predicate["claim"], predicate["account"]
+        claim.update(epsilon=0.0, trials=1)
+        for row in claim["epsilon_at"]:
+            row["epsilon"] = 0.0
+        for row, (rate, most) in zip(claim["membership"], spending.membership([], claim["delta"]), strict=True):
+            row.update(true_positive_rate_at_most=most, in_words=membership_in_words(rate, most))
+        account.update(epsilon=0.0)
+        account.update(in_words=spending.account_in_words(account))
+        predicate.update(ancestry=nodes, mechanisms=[], ledger={"head": book.head, "entries": 0})
+        payload.write_json(release / "ancestry.json", nodes)
+
+    sign_again(release, release.parent / "attacker", forget, refresh=True)
 
 
 def node_of(predicate: dict[str, Any], folder: str) -> dict[str, Any]:

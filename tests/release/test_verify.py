@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tampering import FORGERIES, IMAGE, MUTATIONS, failed, lines, predicate_of, sign_again
+from tampering import FORGERIES, IMAGE, MUTATIONS, empty_ledger, failed, lines, predicate_of, sign_again
 
 from medsynth.errors import VerificationError
 from medsynth.privacy.ledger import Ledger
@@ -76,6 +76,13 @@ def test_forged_ledger_with_less_spending_fails_against_the_hospitals_key(
     sign_again(release, tmp_path / "attacker", lambda p: p["claim"].update(epsilon=0.0), refresh=True)
     assert "its head is not" in failed(release)
     assert "not signed by" in failed(release, hospital_key)
+
+
+def test_a_release_that_hides_its_cohort_and_every_spend_fails(release: Path) -> None:
+    empty_ledger(release)
+    text = failed(release)
+    assert "'generator' names no folder of stage 'ingest', which stage 'train' always reads" in text
+    assert "'generator' was learnt from patients, and names no spend in the ledger" in text
 
 
 def test_tainted_ledger_fails(release: Path, tmp_path: Path) -> None:
