@@ -20,6 +20,10 @@ from medsynth.privacy.chain import Chain, Record, canonical
 from medsynth.privacy.ledger import events_of, study_of, taints_of, trials_of
 
 _ID_BYTES = 16
+_LEDGER_CUT = (
+    "the run's ledger lacks reservations of this study that the account holds: it was cut or replaced by an older copy. "
+    "Restore ledger.jsonl, or start over in a new run folder (what was reserved stays charged)"
+)
 
 _OTHER_COHORT = (
     "this run's ledger belongs to the account of another cohort: none of its patients is in the cohort folder. Use a "
@@ -107,27 +111,33 @@ class Account:
         # A clock may have been turned back: it decides only between accounts that were joined.
         return lines[0] if len(lines) == 1 else sorted((r for each in lines for r in each), key=lambda r: str(r["at"]))
 
-    def adopt(self, records: Sequence[Record], *, recovered: bool = False) -> None:
+    def adopt(self, records: Sequence[Record], *, recovered: bool = False) -> list[Record]:
         """Take over reservations of a run's ledger that the account does not know (its folder was lost).
 
         Args:
             records: lines of the run's ledger.
             recovered: the account was lost, so that other studies may be missing.
 
+        Returns:
+            Lines that the ledger has to append: a crash came between the account and the ledger.
+
         Raises:
-            PrivacyError: the ledger belongs to another cohort.
+            PrivacyError: the ledger belongs to another cohort, or lacks lines that it once had.
         """
         with self.locked():
             here, ids = self.id, self.site.ids()
             bound = {record["account"] for record in records if record.get("account")}
             if any(name not in ids or self.site.current(name) != here for name in bound):
                 raise PrivacyError(_OTHER_COHORT)
-            known = {line["entry"] for line in self.lines() if line["type"] == "reserve"}
+            lines, study = self.lines(), study_of(records)
+            missing = _missing(lines, records)
+            known = {line["entry"] for line in lines if line["type"] == "reserve"}
             for record in records:
                 if record["type"] == "reserve" and record["id"] not in known:
-                    self.site.append(here, _line(record, study_of(records)))
-            if recovered and not any(line["type"] == "recover" for line in self.lines()):
+                    self.site.append(here, _line(record, study))
+            if recovered and not any(line["type"] == "recover" for line in lines):
                 self.site.append(here, {"type": "recover"})
+            return missing
 
     def reserve(self, records: Sequence[Record], sealed: Record) -> None:
         """Write down a reservation before the run's ledger does.
@@ -141,7 +151,7 @@ class Account:
         """
         with self.locked():
             lines = self.lines()
-            line = _line(sealed, study_of([*records, sealed]))
+            line = {**_line(sealed, study_of([*records, sealed])), "sealed": sealed}
             _check_sweep(lines, line)
             _check_limits(lines, line)
             self.site.append(self.id, line)
@@ -218,14 +228,16 @@ def open_account(root: Path, references: Set[str], *, ledger: Path, cohort: str,
         same_key: whether the references were made with the key that the site has today.
 
     Raises:
-        PrivacyError: the ledger is that of another cohort, or the cohort was read under another key.
+        PrivacyError: the ledger is that of another cohort or lacks lines that it once had, or the cohort was read under
+            another key.
         VerificationError: a chain is broken.
     """
     site = Accounts(root)
     with site.locked():
         chain = Chain(ledger)
         with chain.locked():
-            records = [record for record in chain.mended() if record["type"] == "reserve"]
+            lines = chain.mended()
+        records = [record for record in lines if record["type"] == "reserve"]
         if not same_key and not records:
             raise PrivacyError(_OTHER_HOME)
         bound = {str(record["account"]) for record in records if record.get("account")}
@@ -236,7 +248,9 @@ def open_account(root: Path, references: Set[str], *, ledger: Path, cohort: str,
         if lost and not any(cohort in record["parents"].values() for record in records):
             raise PrivacyError(_UNKNOWN_ACCOUNT)
         account = Account(root / _gather(site, found, lost, references))
-        account.adopt(records, recovered=bool(lost) or not same_key)
+        with chain.locked():
+            for missing in account.adopt(lines, recovered=bool(lost) or not same_key):
+                chain.append(missing)
         return account
 
 
@@ -263,6 +277,26 @@ def _gather(site: Accounts, found: Set[str], lost: Set[str], references: Set[str
         site.append(other, {"type": "join", "into": names[0]})
     site.admit(names[0], references)
     return names[0]
+
+
+def _missing(lines: Sequence[Record], records: Sequence[Record]) -> list[Record]:
+    """Return the account's reservations of a study that its ledger lacks, as the ledger's next lines.
+
+    The account is written first, so that a crash leaves at most the next line; whatever else is missing was there once.
+    A ledger that holds nothing names no study: what it once held is another study's.
+    """
+    study, own = study_of(records), {record["id"] for record in records}
+    head = records[-1]["id"] if records else None
+    done = {line["entry"] for line in lines if line["type"] == "complete"}
+    missing = []
+    for line in lines:
+        if line["type"] == "reserve" and line["study"] == study and line["entry"] not in own:
+            sealed = line.get("sealed")
+            if line["entry"] in done or sealed is None or sealed["previous"] != head:
+                raise PrivacyError(_LEDGER_CUT)
+            missing.append(sealed)
+            head = sealed["id"]
+    return missing
 
 
 def _line(record: Record, study: str) -> Record:

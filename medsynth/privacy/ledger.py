@@ -64,9 +64,10 @@ _FORBIDDEN = frozenset({"n", "patients", "n_patients", "batch_size", "batch_size
 class Ledger:
     """The ledger of one run, a file that several processes may append to.
 
-    *Guarantees*: no sequence of reservations through this class composes to more than the budget that was passed with
-    the last accepted one; an interrupted reservation stays spent. With an account, whatever this ledger holds the
-    account holds too, and no reservation exceeds the account's limit.
+    *Guarantees*: what the file holds never composes to more than the budget that was passed with the last accepted
+    reservation; an interrupted reservation stays spent. With an account, ledger and account hold the same reservations
+    of this study, a ledger that was cut or replaced by an older copy is refused, and no reservation exceeds the
+    account's limit. Without an account nothing notices that lines at the end are gone.
     """
 
     def __init__(self, path: Path, account: Account | None = None) -> None:
@@ -153,9 +154,7 @@ class Ledger:
         }
         _refuse_private(record)
         with self._locked():
-            records = self._chain.mended()
-            if self.account is not None:
-                self.account.adopt(records)
+            records = self._reconciled()
             if resume and (found := _interrupted(records, record)) is not None:
                 self._chain.append(self._chain.seal(records, {"type": "resume", "entry": found}))
                 return found
@@ -204,6 +203,16 @@ class Ledger:
                 return str(entry["id"])
         return None
 
+    def reconcile(self) -> None:
+        """Bring the ledger and its account to the same reservations of this study.
+
+        Raises:
+            PrivacyError: the ledger lacks lines that it once had, or belongs to the account of another cohort.
+            VerificationError: a chain is broken.
+        """
+        with self._locked():
+            self._reconciled()
+
     def entries(self) -> list[Record]:
         """Return the reservations in order, each with ``status`` (``reserved`` or ``complete``) and ``outputs``.
 
@@ -243,6 +252,13 @@ class Ledger:
     def taints(self) -> list[str]:
         """Return why nothing that rests on this ledger can be certified; empty when it can."""
         return taints_of(self._chain.records())
+
+    def _reconciled(self) -> list[Record]:
+        records = self._chain.mended()
+        for missing in self.account.adopt(records) if self.account is not None else []:
+            self._chain.append(missing)
+            records.append(missing)
+        return records
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

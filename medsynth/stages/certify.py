@@ -57,12 +57,11 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     Raises:
         CertificationError: something in the ancestry cannot be certified and ``export.uncertified`` is not set, or
             (always) a folder was changed since it was finished.
-        PrivacyError: the ledger belongs to the account of another cohort.
+        PrivacyError: the ledger belongs to the account of another cohort, or lacks lines that the account knows.
     """
     folders = stage_inputs(inputs, "synthetic")
     ledger = open_ledger(inputs)
-    if ledger.account is not None:
-        ledger.account.adopt(ledger.entries())
+    ledger.reconcile()
     ancestry = walk(folders["synthetic"], inputs)
     reasons = gate.refusals(ancestry, ledger, config.privacy) + _other_sources(config, ancestry)
     if "audit" in inputs:  # always, but in tests of this stage alone
@@ -106,7 +105,9 @@ def _other_sources(config: Study, ancestry: Ancestry) -> list[str]:
 
 def _leave_uncertified(config: Study, body: Path, count: int, reasons: list[str]) -> None:
     (body / UNCERTIFIED).write_text(card.uncertified_note(reasons), encoding="utf-8")
-    _write_words(config, body, count, None)
+    dataset = statement.dataset_facts(config)
+    (body / DATASET_CARD).write_text(card.dataset_card(dataset, count, None), encoding="utf-8")
+    (body / PRIVACY_PAGE).write_text(card.uncertified_page(dataset), encoding="utf-8")
     say("release without certificate", reasons=len(reasons))
 
 
@@ -129,14 +130,7 @@ def _certify(
     others = ledger.account.others(entries) if ledger.account is not None else None
     account = spending.account(others, entries, claim.delta)
     audited = audits.summary(audits.read_findings(inputs["audit"])) if "audit" in inputs else []
-    words = {"account": account["in_words"], "audited": audited, "signer": signing.key_id(signing.public_pem(key))}
-    _write_words(config, body, count, claim, **words)
-    shutil.copyfile(inputs["ledger"], body / LEDGER)
-    payload.write_json(body / ANCESTRY, nodes)
-    if endorsed := keys.read_endorsements(inputs["keys"]):
-        (body / ENDORSEMENTS).write_bytes(endorsed)
-    signed = statement.build(
-        store.digest_tree(body),
+    said = statement.predicate(
         claim,
         accountants=accountants,
         mechanisms=[spending.mechanism(entry) for entry in entries],
@@ -146,7 +140,14 @@ def _certify(
         public=statement.public_inputs(config),
         audited=audited,
         facts=manifests.build_facts(count, config_digest(config, "certify"), config_digest(config, "export")),
+        dataset=statement.dataset_facts(config),
     )
+    _write_words(body, said, signing.key_id(signing.public_pem(key)))
+    shutil.copyfile(inputs["ledger"], body / LEDGER)
+    payload.write_json(body / ANCESTRY, nodes)
+    if endorsed := keys.read_endorsements(inputs["keys"]):
+        (body / ENDORSEMENTS).write_bytes(endorsed)
+    signed = statement.build(store.digest_tree(body), said)
     _sign(out, key, signed)
     tracker.metrics({"epsilon": claim.epsilon, **{f"epsilon_{name}": value for name, value in accountants.items()}})
     say("certified", epsilon=claim.epsilon, delta=claim.delta, unit=claim.unit, pairs=count)
@@ -187,10 +188,10 @@ def agreeing_accountants(events: list[Event], delta: float) -> dict[str, float]:
     return values
 
 
-def _write_words(config: Study, body: Path, count: int, claim: statement.Claim | None, **words: Any) -> None:
-    public = statement.public_inputs(config)
-    (body / DATASET_CARD).write_text(card.dataset_card(config, count, claim), encoding="utf-8")
-    (body / PRIVACY_PAGE).write_text(card.privacy_page(config, claim, public, **words), encoding="utf-8")
+def _write_words(body: Path, said: dict[str, Any], signer: str) -> None:
+    text = card.dataset_card(said["dataset"], said["build"]["pairs"], said["claim"])
+    (body / DATASET_CARD).write_text(text, encoding="utf-8")
+    (body / PRIVACY_PAGE).write_text(card.privacy_page(said, signer), encoding="utf-8")
 
 
 def _sign(out: Path, key: signing.SigningKey, signed: dict[str, Any]) -> None:

@@ -155,6 +155,33 @@ def test_a_reservation_that_only_the_account_knows_counts(site: Site, monkeypatc
     assert account(ledger).others(ledger.entries()).events == (SUM.event(),)
 
 
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_ledger_that_was_cut_or_restored_from_an_older_copy_is_refused(site: Site, kept: int) -> None:
+    ledger = site.ledger("one", {ANNA})
+    ledger.complete(reserve(ledger), {"one": "0" * 64})
+    ledger.complete(reserve(ledger), {"two": "0" * 64})
+    whole = ledger.path.read_bytes().splitlines(keepends=True)
+    ledger.path.write_bytes(b"".join(whole[:kept]))
+    for act in (ledger.reconcile, lambda: reserve(ledger), lambda: site.ledger("one", {ANNA})):
+        with pytest.raises(PrivacyError, match=r"lacks reservations.*[Rr]estore ledger\.jsonl"):
+            act()
+    ledger.path.write_bytes(b"".join(whole))
+    ledger.reconcile()
+
+
+def test_what_a_crash_kept_from_the_ledger_is_written_there_again(site: Site) -> None:
+    ledger = site.ledger("one", {ANNA})
+    reserve(ledger)
+    reserve(ledger)
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole.splitlines(keepends=True)[0])
+    ledger.reconcile()
+    assert ledger.path.read_bytes() == whole
+    ledger.path.write_bytes(whole.splitlines(keepends=True)[0])
+    again = site.ledger("one", {ANNA})
+    assert ledger.path.read_bytes() == whole and account(again).others(again.entries()).events == ()
+
+
 def test_a_lost_home_gets_the_runs_own_entries_back_and_says_so(site: Site) -> None:
     ledger = site.ledger("one", {ANNA})
     name = account(ledger).id
