@@ -10,6 +10,7 @@ from medsynth.errors import StoreError
 
 HOME_VARIABLE = "MEDSYNTH_HOME"
 _KEY_FILE = "site.key"
+_ACCOUNTS = "accounts"
 _KEY_BYTES = 32
 
 
@@ -38,7 +39,7 @@ def accounts() -> Path:
     Raises:
         StoreError: it cannot be made.
     """
-    return _private(_private(site_home()) / "accounts")
+    return _private(_private(site_home()) / _ACCOUNTS)
 
 
 def site_key() -> bytes:
@@ -47,12 +48,18 @@ def site_key() -> bytes:
     It names patients in the accounts and never leaves the site. Without it no patient is recognised again.
 
     Raises:
-        StoreError: it cannot be read or made.
+        StoreError: it cannot be read or made, others can read it, or it is gone while accounts are there.
     """
     path = _private(site_home()) / _KEY_FILE
     try:
         if not path.exists():
+            _refuse_new_key(path.parent / _ACCOUNTS)
             _draw_key(path)
+        if path.stat().st_mode & 0o077:
+            raise StoreError(
+                f"{HOME_VARIABLE}/{_KEY_FILE} can be read by others than its owner: chmod 600 it, and think of who may "
+                "have copied it"
+            )
         key = path.read_bytes()
     except OSError as error:
         raise _unusable(error) from error
@@ -62,6 +69,15 @@ def site_key() -> bytes:
             "recognised)"
         )
     return key
+
+
+def _refuse_new_key(accounts: Path) -> None:
+    """A new key would recognise nobody: every account would start again at nothing spent."""
+    if accounts.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in accounts.iterdir()):
+        raise StoreError(
+            f"{HOME_VARIABLE}/{_KEY_FILE} is gone, and accounts are there that it named the patients of: restore it from "
+            f"a backup. Only where no study of these patients counts any more, move {HOME_VARIABLE}/accounts away"
+        )
 
 
 def _draw_key(path: Path) -> None:

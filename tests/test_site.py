@@ -67,3 +67,22 @@ def test_a_home_that_cannot_be_made_says_what_to_set(monkeypatch: pytest.MonkeyP
     for act in (site_key, accounts):
         with pytest.raises(StoreError, match=r"MEDSYNTH_HOME cannot be used .*kept between runs"):
             act()
+
+
+def test_a_lost_key_is_not_drawn_anew_beside_accounts() -> None:
+    key = site_key()
+    path = site_home() / "site.key"
+    path.unlink()
+    assert site_key() != key, "nothing rests on it yet"
+    path.unlink()
+    (accounts() / ("a" * 32)).mkdir()
+    with pytest.raises(StoreError, match=r"is gone.*restore it from a backup"):
+        site_key()
+    assert not path.exists()
+
+
+def test_a_key_that_others_can_read_is_refused() -> None:
+    site_key()
+    (site_home() / "site.key").chmod(0o640)
+    with pytest.raises(StoreError, match="chmod 600"):
+        site_key()

@@ -217,7 +217,9 @@ class Account:
         return counted_events([line for line in members if number[line["study"]] == number.get(study)])
 
 
-def open_account(root: Path, references: Set[str], *, ledger: Path, cohort: str, same_key: bool = True) -> Account:
+def open_account(
+    root: Path, references: Set[str], *, ledger: Path, cohort: str, same_key: bool = True, key: str = ""
+) -> Account:
     """Return the account of a cohort, found by its patients: made where there is none, joined where there are two.
 
     Args:
@@ -226,14 +228,16 @@ def open_account(root: Path, references: Set[str], *, ledger: Path, cohort: str,
         ledger: the run's ledger; what it holds and the account does not is taken over.
         cohort: digest of the cohort folder.
         same_key: whether the references were made with the key that the site has today.
+        key: id of that key of today; accounts keep it.
 
     Raises:
-        PrivacyError: the ledger is that of another cohort or lacks lines that it once had, or the cohort was read under
-            another key.
+        PrivacyError: the ledger is that of another cohort or lacks lines that it once had, or the cohort was read, or
+            an account made, under another key.
         VerificationError: a chain is broken.
     """
     site = Accounts(root)
     with site.locked():
+        site.require_key(key)
         chain = Chain(ledger)
         with chain.locked():
             lines = chain.mended()
@@ -247,7 +251,7 @@ def open_account(root: Path, references: Set[str], *, ledger: Path, cohort: str,
             raise PrivacyError(_OTHER_COHORT)
         if lost and not any(cohort in record["parents"].values() for record in records):
             raise PrivacyError(_UNKNOWN_ACCOUNT)
-        account = Account(root / _gather(site, found, lost, references))
+        account = Account(root / _gather(site, found, lost, references, key))
         with chain.locked():
             for missing in account.adopt(lines, recovered=bool(lost) or not same_key):
                 chain.append(missing)
@@ -265,14 +269,14 @@ def limits_of(lines: Sequence[Record]) -> list[tuple[float, float]]:
     return [limit for limit in last.values() if limit[0] < float("inf")]
 
 
-def _gather(site: Accounts, found: Set[str], lost: Set[str], references: Set[str]) -> str:
+def _gather(site: Accounts, found: Set[str], lost: Set[str], references: Set[str], key: str) -> str:
     """Bring all patients of a cohort under one account and return it."""
     for name in lost:
-        site.create(name, references)
+        site.create(name, references, key, recovered=True)
     names = sorted(found) + sorted(lost)
     if not names:
         names = [secrets.token_hex(_ID_BYTES)]
-        site.create(names[0], references)
+        site.create(names[0], references, key)
     for other in names[1:]:
         site.append(other, {"type": "join", "into": names[0]})
     site.admit(names[0], references)

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from medsynth.errors import StoreError, VerificationError
+from medsynth.errors import PrivacyError, StoreError, VerificationError
 from medsynth.privacy.chain import Chain, Record, lock, sync_folder
 
 LINES = "account.jsonl"
@@ -85,17 +85,47 @@ class Accounts:
         return {self.current(name) for name in self.ids() if not references.isdisjoint(self.members(name))}
 
     def members(self, identity: str) -> frozenset[str]:
-        """Return the references of an account's patients (private: neither they nor their number may be shown)."""
-        path = self.root / identity / MEMBERS
-        return frozenset(path.read_text(encoding="ascii").split()) if path.is_file() else frozenset()
+        """Return the references of an account's patients (private: neither they nor their number may be shown).
 
-    def create(self, identity: str, references: Set[str]) -> None:
-        """Make an account; it appears whole or not at all. Call it under the lock."""
+        Raises:
+            VerificationError: they are missing; without them its patients would seem new.
+        """
+        path = self.root / identity / MEMBERS
+        found = frozenset(path.read_text(encoding="ascii").split()) if path.is_file() else frozenset()
+        if not found:
+            raise VerificationError("an account has lost its members: restore MEDSYNTH_HOME/accounts from a copy")
+        return found
+
+    def require_key(self, key: str) -> None:
+        """Check that every account names its patients with the key ``key`` (its id). Call it under the lock.
+
+        Raises:
+            PrivacyError: another one.
+        """
+        for identity in self.ids():
+            if self._mended(identity)[0].get("key", key) != key:
+                raise PrivacyError(
+                    "an account was made with another site.key, so that its patients would not be recognised: restore "
+                    "MEDSYNTH_HOME/site.key from a backup"
+                )
+
+    def create(self, identity: str, references: Set[str], key: str, *, recovered: bool = False) -> None:
+        """Make an account; it appears whole or not at all. Call it under the lock.
+
+        Args:
+            identity: its name.
+            references: of its patients, at least one.
+            key: id of the key that named them.
+            recovered: it was there before and was lost; a crash right after this must not forget that.
+        """
         new = self.root / f".{identity}.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         chain = Chain(new / LINES, "account", 0o600)
-        chain.append(chain.seal([], {"type": "open", "account": identity, "at": _now()}))
+        opened = chain.seal([], {"type": "open", "account": identity, "key": key, "at": _now()})
+        chain.append(opened)
+        if recovered:
+            chain.append(chain.seal([opened], {"type": "recover", "at": _now()}))
         _write_private(new / MEMBERS, references)
         os.rename(new, self.root / identity)
         sync_folder(self.root)

@@ -260,6 +260,37 @@ def test_wherever_the_last_line_is_cut_the_account_goes_on(site: Site) -> None:
         assert account(other).others([]).events == (SUM.event(),), size
 
 
+def test_an_account_without_its_members_stops_everything(site: Site) -> None:
+    ledger = site.ledger("one", {ANNA})
+    (account(ledger).folder / "members").unlink()
+    with pytest.raises(VerificationError, match=r"lost its members.*restore"):
+        site.ledger("two", {ANNA})
+
+
+def test_an_account_of_another_key_stops_everything(site: Site) -> None:
+    path = site.folder / "one.jsonl"
+    open_account(site.root, {ANNA}, ledger=path, cohort=COHORT, key="k1")
+    open_account(site.root, {BERT}, ledger=path, cohort=COHORT, key="k1")
+    with pytest.raises(PrivacyError, match=r"another site\.key.*backup"):
+        open_account(site.root, {CARL}, ledger=path, cohort=COHORT, key="k2")
+
+
+def test_a_crash_while_an_account_is_recovered_does_not_hide_that(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve(site.ledger("one", {ANNA}))
+    shutil.rmtree(site.root)
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Account, "adopt", crash)
+        with pytest.raises(KeyboardInterrupt):
+            site.ledger("one", {ANNA})
+    assert account(site.ledger("one", {ANNA})).others([]).recovered
+
+
 def test_an_access_without_a_mechanism_is_told_and_not_counted(site: Site) -> None:
     ledger = site.ledger("open", {ANNA})
     ledger.reserve("train", [Event("nonprivate")], **{**COMMON, "epsilon": float("inf")})
