@@ -7,11 +7,11 @@ from pathlib import Path
 
 from medsynth.config import Study
 from medsynth.errors import StoreError
-from medsynth.imaging.deidentify import key_id, read_references
+from medsynth.imaging.deidentify import REFERENCES_FILE, key_id, read_references
 from medsynth.privacy.account import Account, open_account
 from medsynth.privacy.ledger import Ledger
 from medsynth.site import accounts, site_key
-from medsynth.store import digest_of, read_manifest
+from medsynth.store import digest_file, digest_of, read_manifest
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "ingest": ("seed", "grid", "ingest"),
@@ -37,18 +37,24 @@ def account_of(run: Path) -> Account:
     """Return the account that the patients of a run's ``cohort/`` have at this site (made where there is none).
 
     Raises:
-        StoreError: there is no finished cohort folder, or MEDSYNTH_HOME cannot be used.
+        StoreError: there is no finished cohort folder, it was changed, or MEDSYNTH_HOME cannot be used.
         PrivacyError: the run's ledger belongs to another cohort, or the cohort was read under another MEDSYNTH_HOME.
         VerificationError: the chain of the ledger or of the account is broken.
     """
     cohort = run / "cohort"
-    digest, references = read_manifest(cohort).digest, read_references(cohort)
+    manifest, references, key = read_manifest(cohort), read_references(cohort), key_id(site_key())
+    if manifest.files.get(REFERENCES_FILE) != digest_file(cohort / REFERENCES_FILE):
+        raise StoreError(
+            "cohort/ was changed since ingest finished: by what its patients are recognised is not what its manifest "
+            "says. Restore it, or run ingest again with --replace"
+        )
     return open_account(
         accounts(),
         references.names,
         ledger=run / "ledger.jsonl",
-        cohort=digest,
-        same_key=references.key_id == key_id(site_key()),
+        cohort=manifest.digest,
+        same_key=references.key_id == key,
+        key=key,
     )
 
 

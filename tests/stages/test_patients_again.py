@@ -107,6 +107,16 @@ def test_a_patient_with_new_pictures_is_recognised_by_the_dicom_identifier(tmp_p
     assert account_of(one).id == account_of(other).id
 
 
+def test_references_that_were_changed_are_refused(tmp_path: Path) -> None:
+    run = cohort(put_people(tmp_path / "a", range(0, 6)), tmp_path / "one")
+    path = run / "cohort" / REFERENCES_FILE
+    path.chmod(0o600)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "0" * 64]) + "\n")
+    with pytest.raises(StoreError, match="was changed since ingest"):
+        account_of(run)
+
+
 def test_references_hold_no_identifier_and_need_the_sites_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(6):
         put_dicom(tmp_path / "a", f"P{seed}", seed)
