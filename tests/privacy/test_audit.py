@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medsynth.errors import PrivacyError
-from medsynth.privacy.audit import step
+from medsynth.privacy.audit import one_run, step
 from medsynth.privacy.audit.bounds import epsilon_lower_bound, one_run_ceiling, one_run_lower_bound
 from medsynth.privacy.audit.finding import Control, Finding, refusals
 from medsynth.privacy.audit.one_run import audit_training, enough_canaries, run_canaries
@@ -108,6 +108,26 @@ def test_a_training_passes_and_a_tenth_of_its_noise_is_caught() -> None:
     for plan in (replace(SGD, noise_multiplier=3.0), replace(SGD, steps=5, sampling_rate=1.0, noise_multiplier=4.0)):
         found = audit_training(plan, open_entropy("test_only"), canaries=1000)
         assert found.verdict == "pass" and found.controls[0].caught and found.value < found.allowed
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "noise", "canaries"),
+    [(0.1, 20, 1.5, 200), (0.02, 100, 0.8, 800), (0.25, 3, 1.3, 800), (0.05, 60, 1.0, 800), (0.01, 50, 0.6, 2000)],
+)
+def test_a_training_that_draws_few_canaries_is_not_called_broken(
+    rate: float, steps: int, noise: float, canaries: int
+) -> None:
+    plan = replace(SGD, sampling_rate=rate, steps=steps, noise_multiplier=noise)
+    found = audit_training(plan, open_entropy("test_only"), canaries=canaries)
+    assert found.verdict in ("pass", "cannot say") and found.value < found.allowed
+    assert (found.verdict == "pass") == (found.controls[0].value > found.allowed)
+
+
+def test_an_attack_that_looks_away_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_away = lambda plan, included, entropy: entropy.normal(len(included))  # noqa: E731  # one line, used once
+    monkeypatch.setattr(one_run, "run_canaries", looks_away)
+    found = audit_training(replace(SGD, noise_multiplier=3.0), open_entropy("test_only"), canaries=1000)
+    assert found.verdict == "broken"
 
 
 def test_a_training_with_less_noise_than_claimed_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
