@@ -41,8 +41,8 @@ _SHOWS = (
     "All {steps} steps at the study's own rate, noise and clip norm keep {canaries} canaries about as secret as "
     "claimed: noise that is several times too small would show. It runs the mechanism's own draw, clip, noise and "
     "denominator, not the training loop around them: a loop that takes other steps than it charges, or draws "
-    "in another way, does not show here, nor do draws of a fixed size. It is a lower bound that no attack with so many canaries "
-    "can bring above {ceiling:.2f}; a low value proves nothing."
+    "in another way, does not show here, nor do draws of a fixed size. It is a lower bound that no attack with so "
+    "many canaries can bring above {ceiling:.2f}; a low value proves nothing."
 )
 
 

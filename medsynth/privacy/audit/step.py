@@ -38,8 +38,8 @@ _NORM_ERROR = 1.26  # what a wrong rule for one layer does: the sum of squares i
 _SHOWS = (
     "The code of one step, run with fresh noise of the operating system, gives a canary patient away no more than its "
     "accountant says: noise that is too small, a missing clip or a wrong norm would show. It runs at noise multiplier "
-    "{noise:g}, where a step says enough, and not at the study's. It cannot show that the noise is hard to predict, nor "
-    "tell draws of a fixed size from independent coins, nor see the stage's loop around the mechanism."
+    "{noise:g}, where a step says enough, and not at the study's. It cannot show that the noise is hard to predict, "
+    "nor tell draws of a fixed size from independent coins, nor see the stage's loop around the mechanism."
 )
 
 
