@@ -1,16 +1,15 @@
-"""What a release says to people: dataset card, one page for a privacy officer, and the mark of an uncertified one."""
+"""What a release says to people: dataset card, one page for a privacy officer, and the mark of an uncertified one.
+
+Both pages are functions of the signed predicate: whoever verifies writes them again and compares every byte.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medsynth.release.signing import fingerprint
-from medsynth.release.statement import NOT_COVERED, Claim
-
-if TYPE_CHECKING:  # whoever verifies needs no pydantic
-    from medsynth.config import Study
 
 _HOW = """\
 A generator of label maps and a mask-conditioned latent diffusion model learnt from a cohort at a hospital; every pair
@@ -50,27 +49,6 @@ def signer_line(identity: str) -> str:
     return f"Key (SHA-256): `{fingerprint(identity)}`"
 
 
-def facts_of_the_card(predicate: Mapping[str, Any]) -> list[str]:
-    """Return the lines that ``DATASET_CARD.md`` must hold, because the certificate says so."""
-    return [promise_line(predicate["claim"]), pairs_line(predicate["build"]["pairs"])]
-
-
-def facts_of_the_page(predicate: Mapping[str, Any]) -> list[str]:
-    """Return the lines that ``PRIVACY.md`` must hold, because the certificate says so."""
-    claim = predicate["claim"]
-    return [
-        promise_line(claim),
-        _size_line(claim),
-        *_membership_rows(claim),
-        *_delta_rows(claim),
-        str(predicate["account"]["in_words"]),
-        str(claim["linkage"]),
-        *_bullets(predicate["not_covered"]),
-        *_bullets(predicate["public_inputs"]),
-        *_audit_lines(predicate["audits"]),
-    ]
-
-
 def _audit_lines(audited: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one line an audit: what it looked at, and its verdict unless it was measured on patients."""
     looked: dict[tuple[str, str], list[str]] = {}
@@ -99,21 +77,20 @@ def _bullets(lines: Sequence[str]) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
+def dataset_card(dataset: Mapping[str, Any], pairs: int, claim: Mapping[str, Any] | None) -> str:
     """Return ``DATASET_CARD.md``.
 
     Args:
-        config: the study; only public values are read.
+        dataset: public facts, see :func:`medsynth.release.statement.dataset_facts`.
         pairs: number of image and segmentation pairs.
-        claim: what the certificate promises; None when there is none.
+        claim: what the certificate promises, as JSON values; None when there is none.
     """
-    grid, export = config.grid, config.export
-    spacing = (
-        "no physical spacing" if grid.spacing_mm is None else " x ".join(f"{s:g}" for s in grid.spacing_mm) + " mm"
-    )
-    labels = "\n".join(f"| {value} | {name} |" for value, name in sorted(grid.labels.items()))
+    millimetres = dataset["spacing_mm"]
+    spacing = "no physical spacing" if millimetres is None else " x ".join(f"{s:g}" for s in millimetres) + " mm"
+    values = sorted(dataset["labels"].items(), key=lambda label: int(label[0]))
+    labels = "\n".join(f"| {value} | {name} |" for value, name in values)
     privacy = _promise(claim) if claim else "**None. This release carries no certificate (see `UNCERTIFIED`).**"
-    about = f" {config.description}" if config.description else ""
+    about = f" {dataset['description']}" if dataset["description"] else ""
     shown = "No image shows a patient." if claim else "Images may resemble patients of the cohort; see `UNCERTIFIED`."
     check = (
         _HOW_TO_CHECK
@@ -121,10 +98,10 @@ def dataset_card(config: Study, pairs: int, claim: Claim | None) -> str:
         else "There is nothing to check: `medsynth verify` refuses a release without a certificate."
     )
     sampled = f"{_HOW}{_HOW_CERTIFIED}" if claim else _HOW
-    return f"""# {export.dataset_name}: a synthetic dataset
+    return f"""# {dataset["name"]}: a synthetic dataset
 
 {pairs_line(pairs)}
-({grid.modality}, {grid.spatial_dims}D, {spacing}).
+({dataset["modality"]}, {dataset["spatial_dims"]}D, {spacing}).
 {shown}{about}
 
 ## Privacy
@@ -154,38 +131,28 @@ are not promised to be right. Images carry a hospital's equipment and population
 {check}
 
 ## Licence
-{export.licence}
+{dataset["licence"]}
 """
 
 
-def privacy_page(
-    config: Study,
-    claim: Claim | None,
-    public_inputs: Sequence[str] = (),
-    *,
-    account: str = "",
-    audited: Sequence[Mapping[str, Any]] = (),
-    signer: str = "",
-) -> str:
-    """Return ``PRIVACY.md``: one page for a privacy officer.
-
-    Args:
-        config: the study; only public values are read.
-        claim: what the certificate promises; None when there is none.
-        public_inputs: further lines (public inputs) to state.
-        account: in words, what was ever reserved for the same patients.
-        audited: which audits ran inside; never a figure that was measured on patients.
-        signer: id of the key that signs.
-    """
-    title = f"# Privacy of '{config.export.dataset_name}' on one page"
-    if claim is None:
-        return f"""{title}
+def uncertified_page(dataset: Mapping[str, Any]) -> str:
+    """Return ``PRIVACY.md`` of a release without a certificate."""
+    return f"""{_title(dataset)}
 
 **This release has no certificate and makes no privacy promise.** Treat it like the patients' own data: the model
 that made it may have memorised them. The file `UNCERTIFIED` says why. `medsynth verify` refuses it.
 """
-    said = claim.as_json()
-    return f"""{title}
+
+
+def privacy_page(predicate: Mapping[str, Any], signer: str) -> str:
+    """Return ``PRIVACY.md``: one page for a privacy officer.
+
+    Args:
+        predicate: what the certificate says; the page holds nothing else, so that it can be written again.
+        signer: id of the key that signs.
+    """
+    said = predicate["claim"]
+    return f"""{_title(predicate["dataset"])}
 
 Every figure on this page is in the signed certificate too; `medsynth verify` compares the two.
 
@@ -194,11 +161,11 @@ Every figure on this page is in the signed certificate too; `medsynth verify` co
 
 No image or segmentation in this release was taken from a patient: all were drawn from models that learnt from the
 cohort through random noise. Whatever one sees in the release, it is at most
-{_factor(claim.epsilon)} as likely with one patient's records as without them,
-and the other way round, but for a failure probability of {claim.delta:g}.
+{_factor(said["epsilon"])} as likely with one patient's records as without them,
+and the other way round, but for a failure probability of {said["delta"]:g}.
 The figure covers everything by which this study read the cohort.
 {_size_line(said)}
-{claim.linkage}
+{said["linkage"]}
 
 ## What an attacker can find out about one person
 Suppose the attacker knows everything about all other patients, the models and this page, and wants to find out whether
@@ -216,7 +183,7 @@ probabilities the same study has these epsilons:
 {_lines(_delta_rows(said))}
 
 ## This study and all others of the same patients
-{account}
+{predicate["account"]["in_words"]}
 
 ## Who signed, and how to check
 {signer_line(signer)}
@@ -225,19 +192,29 @@ Compare it with what the hospital told you by another way. `DATASET_CARD.md` has
 every spend in `ledger.jsonl`, and compute epsilon again.
 
 ## What was tested inside the hospital
-{_lines(_audit_lines(audited)) or "- no audit was run"}
+{_lines(_audit_lines(predicate["audits"])) or "- no audit was run"}
 
 ## What the promise does not cover
-{_lines(_bullets(NOT_COVERED))}
+{_lines(_bullets(predicate["not_covered"]))}
 
 ## What entered from outside the cohort
-{_lines(_bullets(public_inputs)) or "- nothing"}
+{_lines(_bullets(predicate["public_inputs"])) or "- nothing"}
 """
 
 
+def _title(dataset: Mapping[str, Any]) -> str:
+    return f"# Privacy of '{dataset['name']}' on one page"
+
+
 def _factor(epsilon: float) -> str:
-    factor = f"{math.exp(epsilon):.3g}" if epsilon < 7 else f"{math.ceil(math.exp(min(epsilon, 700.0))):,}"
+    factor = f"{math.exp(epsilon):.3g}" if epsilon < 7 else f"{_three_digits(math.exp(min(epsilon, 700.0))):,}"
     return f"e^{epsilon:g} = {factor} times"
+
+
+def _three_digits(value: float) -> int:
+    # Rounded up, to fewer digits than mathematical libraries agree on: the page is written again elsewhere.
+    unit = 10 ** max(0, len(str(int(value))) - 3)
+    return math.ceil(value / unit) * unit
 
 
 def _lines(lines: Sequence[str]) -> str:
@@ -256,8 +233,8 @@ Treat it like the patients' own data. `medsynth verify` refuses it.
 """
 
 
-def _promise(claim: Claim) -> str:
+def _promise(claim: Mapping[str, Any]) -> str:
     return (
-        f"{promise_line(claim.as_json())}\n\n"
+        f"{promise_line(claim)}\n\n"
         "What that means, and what it does not cover: `PRIVACY.md`, one page. The proof: `certificate.dsse.json`."
     )

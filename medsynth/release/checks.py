@@ -1,5 +1,7 @@
 """The questions that :mod:`medsynth.release.verify` asks about a release; each returns what is wrong, in words.
 
+What the statement may hold at all is asked in :mod:`medsynth.release.contents`.
+
 Nothing here trusts anything that it reads: whoever changed a release may have signed it anew with a key of his own, so
 that each part is compared with the others, and what follows from the ledger is computed again.
 """
@@ -8,16 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from medsynth.errors import VerificationError
-from medsynth.privacy.ledger import RELATION, UNIT, Ledger
+from medsynth.privacy import pld
+from medsynth.privacy.ledger import RELATION, UNIT
 from medsynth.release import card, endorsements, recompute, signing, spending
 from medsynth.release.ancestry import broken_edges, parse_nodes
 from medsynth.release.manifests import release_manifest
@@ -33,10 +34,10 @@ from medsynth.release.marks import (
     UNCERTIFIED,
     UNSIGNED,
 )
+from medsynth.release.opened import Release, mapping, parse
 from medsynth.release.statement import NOT_COVERED, PREDICATE_TYPE, membership_in_words
-from medsynth.store import MANIFEST, canonical_json, digest_file, manifest_text
+from medsynth.store import MANIFEST, canonical_json, manifest_text
 
-_SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _CLAIM_FIELDS = frozenset(
     {
         "epsilon",
@@ -53,109 +54,7 @@ _CLAIM_FIELDS = frozenset(
     }
 )
 _DELTA_SHARES = (1, 10, 100)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """What lies in the folder of a release, each file read once.
-
-    Attributes:
-        digests: SHA-256 of each regular file by relative POSIX path.
-        folders: relative paths of the folders.
-        odd: what may not be in a release at all, in words: links, devices, unreadable files, special modes.
-    """
-
-    digests: Mapping[str, str]
-    folders: frozenset[str]
-    odd: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Release:
-    """A release while it is checked.
-
-    Attributes:
-        pem: public key in the release; empty when it is missing or no key.
-        given: public key that the caller has from elsewhere.
-        chain: ids of the keys from the given one to the one that signed, where the hospital rotated its key.
-        statement: the signed statement; empty when the envelope cannot be opened.
-    """
-
-    folder: Path
-    tree: Tree
-    pem: bytes = b""
-    given: bytes | None = None
-    chain: tuple[str, ...] = ()
-    statement: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def predicate(self) -> Mapping[str, Any]:
-        """What the statement says."""
-        return mapping(self.statement, "predicate")
-
-    @property
-    def claim(self) -> Mapping[str, Any]:
-        """What is promised."""
-        return mapping(self.predicate, "claim")
-
-    @property
-    def signer(self) -> bytes:
-        """The key that the signature is checked with."""
-        return self.given if self.given is not None and not self.chain else self.pem
-
-    def ledger(self) -> Ledger:
-        """Return the ledger in the release."""
-        return Ledger(self.folder / LEDGER)
-
-
-Question = Callable[[Release], Sequence[str]]
-
-
-def mapping(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return a child that should be a mapping; an empty one when it is not."""
-    child = value.get(key)
-    return child if isinstance(child, dict) else {}
-
-
-def parse(payload: bytes) -> dict[str, Any]:
-    """Return a JSON object; an empty one for anything else, and for NaN and infinities, which compare with nothing."""
-    try:
-        value = json.loads(payload, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def scan(folder: Path) -> Tree:
-    """Read every file of a release once.
-
-    Raises:
-        VerificationError: the folder itself cannot be listed.
-    """
-    digests: dict[str, str] = {}
-    folders: set[str] = set()
-    odd: list[str] = []
-
-    def refuse(error: OSError) -> NoReturn:
-        raise VerificationError(f"a folder of the release cannot be read: {error.strerror}") from error
-
-    for place, names, files in os.walk(folder, onerror=refuse):
-        for name in sorted([*names, *files]):
-            path = Path(place) / name
-            relative, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
-            if stat.S_ISDIR(mode):
-                folders.add(relative)
-            elif stat.S_ISLNK(mode):
-                odd.append(f"{relative} is a link, not a file")
-            elif not stat.S_ISREG(mode):
-                odd.append(f"{relative} is no regular file: released files are plain data")
-            else:
-                odd += [f"{relative} has a special file mode: make it 0644"] if mode & _SPECIAL_BITS else []
-                try:
-                    digests[relative] = digest_file(path)
-                except OSError as error:
-                    odd.append(f"{relative} cannot be read: {error.strerror}")
-    return Tree(digests, frozenset(folders), tuple(odd))
+_ACCOUNTANTS = frozenset({"pld", "prv", "rdp"})
 
 
 def uncertified(release: Release) -> list[str]:
@@ -323,6 +222,8 @@ def claim(release: Release) -> list[str]:
     numbers = [said["epsilon"], said["delta"], said["budget"], said["declared_patients"]]
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
         return [*problems, "epsilon, delta, budget and declared_patients must be numbers"]
+    if not isinstance(said["declared_patients"], int) or said["declared_patients"] < 1:
+        return [*problems, f"declared_patients is {said['declared_patients']}: expected a whole number of at least 1"]
     if not (math.isfinite(said["epsilon"]) and 0 <= said["epsilon"] <= said["budget"]):
         problems.append(f"epsilon {said['epsilon']} is not within the budget of {said['budget']}")
     limit = 1 / (10 * said["declared_patients"])
@@ -347,6 +248,22 @@ def epsilon(release: Release) -> list[str]:
                     f"the ledger costs epsilon {computed:g} at delta {delta:g} ({name}), the certificate claims "
                     f"{claimed:g}: {wrong}"
                 )
+    return problems
+
+
+def accountants(release: Release) -> list[str]:
+    """Whether the other accountants' figures can be those of the ledger; PLD's is the one that is claimed."""
+    said, claimed = release.predicate["accountants"], release.claim
+    if set(said) != _ACCOUNTANTS:
+        return [f"accountants names {', '.join(sorted(said))}: expected {', '.join(sorted(_ACCOUNTANTS))}"]
+    least, _ = pld.epsilon_bounds(spending.events(release.ledger().entries()), claimed["delta"])
+    problems = [
+        f"{name} gives epsilon {value!r}, and the ledger costs at least {least:g}"
+        for name, value in said.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < least - recompute.TOLERANCE
+    ]
+    if not problems and spending.round_up(said["pld"]) != claimed["epsilon"]:
+        problems.append(f"pld gives epsilon {said['pld']!r}, which does not round up to {claimed['epsilon']:g}")
     return problems
 
 
@@ -386,15 +303,22 @@ def limits(release: Release) -> list[str]:
 
 
 def words(release: Release) -> list[str]:
-    """Whether the pages for people say what the certificate says."""
+    """Whether the pages for people are, byte for byte, the ones that follow from the certificate."""
+    said, key = release.predicate, signing.key_id(release.pem)
     wanted = {
-        DATASET_CARD: card.facts_of_the_card(release.predicate),
-        PRIVACY_PAGE: [*card.facts_of_the_page(release.predicate), card.signer_line(signing.key_id(release.pem))],
+        DATASET_CARD: card.dataset_card(said["dataset"], said["build"]["pairs"], said["claim"]),
+        PRIVACY_PAGE: card.privacy_page(said, key),
     }
     problems = []
-    for name, lines in wanted.items():
-        found = set((release.folder / name).read_text(encoding="utf-8").split("\n"))
-        problems += [f"{name} does not say '{line}'" for line in lines if line not in found]
+    for name, text in wanted.items():
+        found, expected = (release.folder / name).read_bytes(), text.encode()
+        if found == expected:
+            continue
+        known, held = expected.split(b"\n"), found.split(b"\n")
+        problems += [f"{name} does not say '{line.decode()}'" for line in known if line not in held]
+        more = [line.decode(errors="replace") for line in held if line not in known]
+        problems += [f"{name} says what the certificate does not: '{line}'" for line in more]
+        problems += [] if problems else [f"{name} says the lines of the certificate in another order or number"]
     return problems
 
 
@@ -411,7 +335,3 @@ def _read_manifest(release: Release) -> tuple[bytes, dict[str, Any]]:
 
 def _differ(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
     return name not in one or name not in other or one[name] != other[name]
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")

@@ -21,7 +21,7 @@ from medsynth.release.marks import STATEMENT_TYPE
 if TYPE_CHECKING:  # whoever verifies needs no pydantic
     from medsynth.config import Study
 
-PREDICATE_TYPE = "urn:medsynth:dp-certificate:2"
+PREDICATE_TYPE = "urn:medsynth:dp-certificate:3"
 """Its number changes with any part of the predicate, with :data:`NOT_COVERED` and with the figures on the pages."""
 _IMPLEMENTATION = (
     "numpy",
@@ -176,8 +176,25 @@ def implementation() -> dict[str, str]:
     return versions
 
 
-def build(
-    files: Mapping[str, str],
+def dataset_facts(config: Study) -> dict[str, Any]:
+    """Return what the pages say of the data set itself: public values of the configuration."""
+    grid, export = config.grid, config.export
+    return {
+        "name": _one_line(export.dataset_name),
+        "description": _one_line(config.description),
+        "licence": _one_line(export.licence),
+        "modality": grid.modality,
+        "spatial_dims": grid.spatial_dims,
+        "spacing_mm": None if grid.spacing_mm is None else list(grid.spacing_mm),
+        "labels": {str(value): _one_line(name) for value, name in sorted(grid.labels.items())},
+    }
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def predicate(
     claim: Claim,
     *,
     accountants: Mapping[str, float],
@@ -187,12 +204,12 @@ def build(
     ancestry: Sequence[Mapping[str, Any]],
     public: Sequence[str],
     facts: Mapping[str, Any],
+    dataset: Mapping[str, Any],
     audited: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return the statement that is signed.
+    """Return what the statement says; the pages for people are written from it alone.
 
     Args:
-        files: SHA-256 of every released file by relative POSIX path; the certificate itself and the key left out.
         claim: what is promised.
         accountants: epsilon by accountant, unrounded, for the same events and delta.
         mechanisms: what each entry of the ledger ran.
@@ -201,24 +218,35 @@ def build(
         ancestry: nodes of the walk back to the cohort.
         public: public inputs in words.
         facts: what the manifests of the two last folders are computed from, see ``release/manifests.py``.
+        dataset: see :func:`dataset_facts`.
         audited: which audits ran, see ``release/audits.py``; never what they measured on patients.
+    """
+    return {
+        "claim": claim.as_json(),
+        "accountants": dict(accountants),
+        "mechanisms": [dict(mechanism) for mechanism in mechanisms],
+        "ledger": dict(ledger),
+        "ancestry": [dict(node) for node in ancestry],
+        "not_covered": list(NOT_COVERED),
+        "public_inputs": list(public),
+        "account": dict(account),
+        "audits": [dict(audit) for audit in audited],
+        "dataset": dict(dataset),
+        "build": dict(facts),
+        "implementation": implementation(),
+    }
+
+
+def build(files: Mapping[str, str], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the statement that is signed.
+
+    Args:
+        files: SHA-256 of every released file by relative POSIX path; the certificate itself and the key left out.
+        said: the predicate.
     """
     return {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(files.items())],
         "predicateType": PREDICATE_TYPE,
-        "predicate": {
-            "claim": claim.as_json(),
-            "accountants": dict(accountants),
-            "mechanisms": [dict(mechanism) for mechanism in mechanisms],
-            "ledger": dict(ledger),
-            "ancestry": [dict(node) for node in ancestry],
-            "not_covered": list(NOT_COVERED),
-            "public_inputs": list(public),
-            "epsilon_of_this_ledger": claim.epsilon,
-            "account": dict(account),
-            "audits": [dict(audit) for audit in audited],
-            "build": dict(facts),
-            "implementation": implementation(),
-        },
+        "predicate": dict(said),
     }

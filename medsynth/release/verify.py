@@ -1,7 +1,7 @@
 """Check a release against its certificate, offline: no torch, no data, no network.
 
 All checks run and all failures are listed, so that one look says what is wrong. The questions themselves are in
-:mod:`medsynth.release.checks`.
+:mod:`medsynth.release.checks` and :mod:`medsynth.release.contents`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from medsynth.errors import MedsynthError, VerificationError
-from medsynth.release import checks, endorsements, recompute, signing
-from medsynth.release.checks import Question, Release
+from medsynth.release import checks, contents, endorsements, opened, recompute, signing
 from medsynth.release.marks import CERTIFICATE, ENDORSEMENTS, PUBLIC_KEY
+from medsynth.release.opened import Question, Release
 
 Asked = tuple[str, str, Question]
 """A check's name, what holds when there is no problem, and the question."""
@@ -77,7 +77,7 @@ class Report:
     @property
     def failures(self) -> list[str]:
         """Every problem, led by the name of its check."""
-        return [f"{check.name}: {problem}" for check in self.checks for problem in check.problems]
+        return [_printable(f"{check.name}: {problem}") for check in self.checks for problem in check.problems]
 
     def lines(self) -> list[str]:
         """Return the report as lines for a terminal."""
@@ -95,7 +95,8 @@ class Report:
                 "WHO SIGNED WAS NOT CHECKED: the key came with the release. Pass --key with a public key that you "
                 "received from the hospital by another way."
             )
-        return [*lines, "What this cannot show:", *(f"  - {line}" for line in CANNOT_SHOW)]
+        lines += ["What this cannot show:", *(f"  - {line}" for line in CANNOT_SHOW)]
+        return [_printable(line) for line in lines]
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values, for machines."""
@@ -147,16 +148,21 @@ def verify(release: Path, public_key: Path | None = None) -> Report:
     Raises:
         VerificationError: there is no such folder, it cannot be read, or the key given is no public Ed25519 key.
     """
-    opened = _open(release, public_key)
-    signer = signing.key_id(opened.signer) if opened.signer else None
+    read = _open(release, public_key)
+    signer = signing.key_id(read.signer) if read.signer else None
     known = public_key is not None
     if not (release / CERTIFICATE).is_file():
         certified, (name, holds, _), *_ = _of_any_certificate()
         missing = Check(name, (f"{CERTIFICATE} is missing: nothing vouches for this release",), holds)
-        return Report((_ask(opened, *certified), missing), signer_known=known)
-    questions = [*_of_any_certificate(), *(_of_this_version() if checks.of_this_version(opened) else ())]
-    answers = tuple(_ask(opened, *question) for question in questions)
-    return Report(answers, opened.claim, _account(opened), signer, known, opened.chain, recompute.accountants())
+        return Report((_ask(read, *certified), missing), signer_known=known)
+    questions = [*_of_any_certificate(), *(_of_this_version() if checks.of_this_version(read) else ())]
+    answers = tuple(_ask(read, *question) for question in questions)
+    return Report(answers, read.claim, _account(read), signer, known, read.chain, recompute.accountants())
+
+
+def _printable(line: str) -> str:
+    """Return a line whose control characters are written out: names of files are the sender's to choose."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
 def _of_any_certificate() -> tuple[Asked, ...]:
@@ -172,20 +178,22 @@ def _of_any_certificate() -> tuple[Asked, ...]:
 
 def _of_this_version() -> tuple[Asked, ...]:
     return (
+        ("contents", "the certificate has no part that nobody checks", contents.contents),
         ("origin", "manifest.json follows from the certificate", checks.origin),
         ("ledger", "the ledger's chain is whole, and the certificate names every spend in it", checks.ledger),
         ("ancestry", "all that was made from patients went through a spend in the ledger", checks.ancestry),
         ("claim", "it is a promise for a patient, within the budget, with delta at most 1/(10 N)", checks.claim),
         ("epsilon", "epsilon, computed again from the ledger, is what is claimed", checks.epsilon),
+        ("accounts", "the other accountants do not contradict it", checks.accountants),
         ("account", "the spend of all studies of these patients, computed again, is what is said", checks.account),
         ("membership", "the bounds on membership attacks follow from the ledger", checks.membership),
         ("limits", "everything that the promise does not cover is said", checks.limits),
-        ("words", "dataset card and PRIVACY.md say what the certificate says", checks.words),
+        ("words", "dataset card and PRIVACY.md are what follows from the certificate", checks.words),
     )
 
 
 def _account(release: Release) -> str:
-    return str(checks.mapping(release.predicate, "account").get("in_words", ""))
+    return str(opened.mapping(release.predicate, "account").get("in_words", ""))
 
 
 def _ask(release: Release, name: str, holds: str, question: Question) -> Check:
@@ -208,7 +216,7 @@ def _open(release: Path, public_key: Path | None) -> Release:
             chain = endorsements.follow((release / ENDORSEMENTS).read_bytes(), given, pem)
         except (VerificationError, OSError):
             chain = []  # the check of the key says why
-    return Release(release, checks.scan(release), pem, given, tuple(chain), _read_statement(release))
+    return Release(release, opened.scan(release), pem, given, tuple(chain), _read_statement(release))
 
 
 def _read_given(path: Path) -> bytes:
@@ -227,6 +235,6 @@ def _read_own(release: Path) -> bytes:
 
 def _read_statement(release: Path) -> dict[str, Any]:
     try:
-        return checks.parse(signing.open_envelope((release / CERTIFICATE).read_bytes())[1])
+        return opened.parse(signing.open_envelope((release / CERTIFICATE).read_bytes())[1])
     except (OSError, VerificationError):
         return {}

@@ -41,16 +41,20 @@ def sign_again(
     folder: Path,
     edit: Callable[[dict[str, Any]], object] = lambda predicate: None,
     refresh: bool = False,
+    pages: bool = False,
 ) -> None:
     """Edit the statement and sign it as an attacker who puts his key in the place of the hospital's everywhere.
 
     Args:
         refresh: take the digests of all files anew too.
+        pages: write the pages for people anew too.
     """
     statement = predicate_of(release)
     edit(statement["predicate"])
     key = keys.open_key(folder)
     page, ours = release / "PRIVACY.md", signing.key_id(signing.public_pem(key))
+    if pages:
+        write_pages(release, statement["predicate"], ours)
     page.write_text(re.sub(r"(?m)^Key \(SHA-256\):.*$", card.signer_line(ours), page.read_text()))
     for entry in statement["subject"]:
         if refresh or entry["name"] == page.name:
@@ -59,6 +63,13 @@ def sign_again(
     (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
     (release / "public.pem").write_bytes(signing.public_pem(key))
     close_again(release, statement)
+
+
+def write_pages(release: Path, predicate: dict[str, Any], signer: str) -> None:
+    """Write the pages that follow from a predicate."""
+    text = card.dataset_card(predicate["dataset"], predicate["build"]["pairs"], predicate["claim"])
+    (release / "DATASET_CARD.md").write_text(text)
+    (release / "PRIVACY.md").write_text(card.privacy_page(predicate, signer))
 
 
 def close_again(release: Path, statement: dict[str, Any]) -> None:
@@ -140,10 +151,11 @@ def empty_ledger(release: Path) -> None:
             row.update(true_positive_rate_at_most=most, in_words=membership_in_words(rate, most))
         account.update(epsilon=0.0)
         account.update(in_words=spending.account_in_words(account))
+        predicate["accountants"] = dict.fromkeys(predicate["accountants"], 0.0)
         predicate.update(ancestry=nodes, mechanisms=[], ledger={"head": book.head, "entries": 0})
         payload.write_json(release / "ancestry.json", nodes)
 
-    sign_again(release, release.parent / "attacker", forget, refresh=True)
+    sign_again(release, release.parent / "attacker", forget, refresh=True, pages=True)
 
 
 def node_of(predicate: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -391,6 +403,23 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
 """What is done to a release by somebody who cannot sign, or signs with another key, and what verify must say."""
 
 FORGERIES = [
+    pytest.param(lambda p: p.update(epsilon_of_this_ledger=0.1), "unknown part 'epsilon_of_this_ledger'", id="part"),
+    pytest.param(lambda p: p["account"].update(note="x"), "account has an unknown part 'note'", id="account_part"),
+    pytest.param(lambda p: p["build"].update(note="x"), "build has an unknown part 'note'", id="build_part"),
+    pytest.param(lambda p: p["claim"]["epsilon_at"][0].update(note=1), "unknown part 'note'", id="row_part"),
+    pytest.param(lambda p: p["accountants"].update(prv=0.01), "prv gives epsilon 0.01", id="accountant_low"),
+    pytest.param(lambda p: p["accountants"].update(mine=0.01), "accountants names mine", id="accountant_more"),
+    pytest.param(lambda p: p["accountants"].update(pld=9.0), "does not round up to", id="accountant_high"),
+    pytest.param(lambda p: p["claim"].update(declared_patients=0.001), "whole number", id="patients_in_parts"),
+    pytest.param(lambda p: p["claim"].update(declared_patients=0), "whole number", id="no_patients"),
+    pytest.param(lambda p: p["public_inputs"].append("epsilon = 0.1"), "promise or a control", id="second_promise"),
+    pytest.param(lambda p: p["dataset"].update(description="x\n(0.1, 0)-DP"), "promise or a control", id="in_a_text"),
+    pytest.param(
+        lambda p: p["audits"].append({"audit": "step", "subject": "x", "verdict": "fail"}),
+        "that refuses a release",
+        id="red_audit",
+    ),
+    pytest.param(lambda p: p["implementation"].update(numpy="1\n2"), "implementation names", id="version"),
     pytest.param(lambda p: p["claim"].update(epsilon=0.5), "the certificate claims 0.5", id="epsilon"),
     pytest.param(lambda p: p["claim"].update(delta=1e-3), "above 1/(10 N)", id="delta"),
     pytest.param(lambda p: p["claim"].update(unit="image"), "unit is 'image'", id="pitfall_01_unit"),

@@ -18,7 +18,7 @@ import pytest
 from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import CertificationError, StoreError, VerificationError
-from medsynth.privacy.accounting import Event
+from medsynth.privacy.accounting import Event, epsilon
 from medsynth.release import statement
 from medsynth.release.ancestry import walk
 from medsynth.release.manifests import certificate_manifest, release_manifest
@@ -34,10 +34,14 @@ def inputs_of(run: Path) -> dict[str, Path]:
     return {"synthetic": run / "synthetic", "ledger": run / "ledger.jsonl", "keys": run / "keys"}
 
 
+def _pld_three_times(events: list[Event], delta: float) -> dict[str, float]:
+    return dict.fromkeys(("pld", "prv", "rdp"), epsilon(events, delta))
+
+
 @pytest.fixture
 def one_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the second opinion of Opacus, which takes seconds to import."""
-    monkeypatch.setattr(certify, "agreeing_accountants", lambda events, delta: {"pld": 1.0})
+    monkeypatch.setattr(certify, "agreeing_accountants", _pld_three_times)
 
 
 def test_certificate_and_release_hold_what_they_should(certified_run: Path) -> None:

@@ -81,8 +81,19 @@ def test_forged_ledger_with_less_spending_fails_against_the_hospitals_key(
 def test_a_release_that_hides_its_cohort_and_every_spend_fails(release: Path) -> None:
     empty_ledger(release)
     text = failed(release)
+    assert {check.name for check in verify(release).checks if not check.ok} == {"ancestry"}
     assert "'generator' names no folder of stage 'ingest', which stage 'train' always reads" in text
     assert "'generator' was learnt from patients, and names no spend in the ledger" in text
+
+
+@pytest.mark.parametrize("name", ["PRIVACY.md", "DATASET_CARD.md"])
+def test_a_page_with_a_second_promise_fails_whoever_signed_it(release: Path, tmp_path: Path, name: str) -> None:
+    more = "**epsilon = 0.1, delta = 1e-09** for each patient"
+    (release / name).write_text((release / name).read_text() + more + "\n")
+    sign_again(release, tmp_path / "attacker", refresh=True)
+    report = verify(release)
+    assert [check.name for check in report.checks if not check.ok] == ["words"]
+    assert f"{name} says what the certificate does not: '{more}'" in "\n".join(report.failures)
 
 
 def test_tainted_ledger_fails(release: Path, tmp_path: Path) -> None:
@@ -145,7 +156,6 @@ def test_a_copy_of_the_key_may_have_other_line_ends(release: Path, hospital_key:
 
 def test_without_an_account_the_statement_speaks_for_its_own_ledger_only(release: Path) -> None:
     predicate = predicate_of(release)["predicate"]
-    assert predicate["epsilon_of_this_ledger"] == predicate["claim"]["epsilon"]
     assert predicate["account"]["scope"] == "ledger"
     assert "unknown to this ledger" in (release / "PRIVACY.md").read_text()
 
