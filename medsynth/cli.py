@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb runs, so that ``medsynth --help`` answer
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +54,8 @@ def run(config: Config, out: Run, source: Source = None, replace: Replace = Fals
     from medsynth.summary import summary
 
     study = _load(config, override)
+    if _assists(study, out):
+        return
     with accidents.kept_in(out):
         run_study(study, source, out, replace=replace)
         print(summary(study, out))
@@ -65,6 +68,8 @@ def _stage_command(verb: str, what: str) -> None:
         from medsynth.study import run_verb
 
         study = _load(config, override)
+        if _assists(study, out):
+            return
         with accidents.kept_in(out):
             run_verb(study, verb, source, out, replace=replace)
 
@@ -316,10 +321,32 @@ def _load(path: Path, override: list[str] | None) -> Study:
     return config.load(path, config.parse_overrides(override or []))
 
 
+def _assists(study: Study, out: Path) -> bool:
+    """Whether this process only assists in training, another one doing the rest; if so, it has done that."""
+    if not _is_assistant():
+        return False
+    from medsynth.study import assist_study
+
+    with accidents.kept_in(out):
+        assist_study(study, out)
+    return True
+
+
+def _is_assistant() -> bool:
+    """Whether ``torchrun`` started this process beside the one that carries the command out."""
+    if "WORLD_SIZE" not in os.environ:  # do not load more than --help needs
+        return False
+    from medsynth.devices import rank_and_size
+
+    return rank_and_size()[0] > 0
+
+
 def main() -> None:
     """Run the command line; an error prints one message and exits with its class's code, never a traceback."""
     accidents.protect_process()
     try:
+        if _is_assistant() and sys.argv[1:2] not in (["run"], ["train"]):
+            return
         app()
     except MedsynthError as error:
         print(f"medsynth: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from pathlib import Path
 from medsynth import config as configuration
 from medsynth import logs, store
 from medsynth.config import Study
+from medsynth.devices import rank_and_size
 from medsynth.errors import StoreError
 from medsynth.privacy.audit.finding import Finding
 from medsynth.release import audits, keys
@@ -48,6 +49,8 @@ STUDY = "study.yaml"
 BY_VERB = {stage.verb: stage for stage in STAGES}
 CHARGING = ("masks", "train", "certify")
 """Stages that reserve in the account of the cohort, or state what it holds."""
+ASSISTED = "train"
+"""The stage that the other processes of ``torchrun`` share in; they are let go after it."""
 
 
 def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = False) -> None:
@@ -62,6 +65,7 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
     Raises:
         MedsynthError: what stopped a stage; the stages before it stay as they are.
     """
+    _meet_ranks()
     _open_run(run)
     if study.privacy.private and not store.is_done(run / "certificate"):
         # nobody may be there when certify asks for a passphrase, hours from now
@@ -71,15 +75,41 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
         tracker.params(configuration.flatten(study))
         for stage in STAGES:
             run_stage(study, stage, source, run, tracker, replace=replace)
+            if stage.verb == ASSISTED:
+                _dismiss_ranks()
         tracker.metrics(_headline(run))
 
 
 def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace: bool = False) -> None:
     """Run one stage into ``run`` (see :func:`run_study`)."""
+    if verb == ASSISTED:
+        _meet_ranks()
     _open_run(run)
     _keep_study(study, run)
     with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
         run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
+    if verb == ASSISTED:
+        _dismiss_ranks()
+
+
+def assist_study(study: Study, run: Path) -> None:
+    """Help rank 0, another process of the same ``torchrun``, with private training steps, until it needs no help.
+
+    Args:
+        study: the configuration that rank 0 was given.
+        run: the run's folder; read, not written.
+
+    Raises:
+        MedsynthError: rank 0 has ended, or this process was given something else than rank 0.
+    """
+    from medsynth.privacy.distributed import close_ranks, open_ranks
+    from medsynth.stages import private_training
+
+    ranks = open_ranks()
+    inputs = {name: run / name for name in BY_VERB[ASSISTED].reads}
+    while (call := ranks.await_call()) is not None:
+        private_training.assist(study, inputs, ranks, call)
+    close_ranks()
 
 
 def audit_again(run: Path) -> list[Finding]:
@@ -201,6 +231,22 @@ def _keep_study(study: Study, run: Path) -> None:
     scratch = run / f".{STUDY}.partial"
     scratch.write_text(configuration.dump(study), encoding="utf-8")
     scratch.replace(run / STUDY)
+
+
+def _meet_ranks() -> None:
+    """Join the processes that ``torchrun`` started, before hours of work of which they would see nothing."""
+    if rank_and_size()[1] > 1:
+        from medsynth.privacy.distributed import open_ranks
+
+        open_ranks()
+
+
+def _dismiss_ranks() -> None:
+    if rank_and_size()[1] > 1:
+        from medsynth.privacy.distributed import close_ranks, open_ranks
+
+        open_ranks().call(None)
+        close_ranks()
 
 
 def _open_run(run: Path) -> None:

@@ -52,17 +52,25 @@ class Stepper:
     def step(self) -> None:
         """Take one step on the whole logical batch."""
         found = self.clipped_sum(self.problem.batches)
-        noisy = self.ranks.noisy_mean(self.mechanism, found, self.entropy)
-        for parameter, gradient in zip(self.parameters, noisy, strict=True):
-            parameter.grad = gradient.reshape(parameter.shape)
-        self.optimizer.step()
+        whole = self.ranks.reduce_clipped_sum(found)
+        if self.entropy is not None:
+            noisy = self.mechanism.noisy_mean(whole.tensors, self.entropy)
+            for parameter, gradient in zip(self.parameters, noisy, strict=True):
+                parameter.grad = gradient.reshape(parameter.shape)
+            self.optimizer.step()
+        self.ranks.take(self.parameters)
 
 
 def check(alone: Stepper, shared: Stepper, count: int) -> float:
-    """Return the relative difference between the sum of all ranks and that of one, over ``count`` patients."""
+    """Return the relative difference between the sum of all ranks and that of one, over ``count`` patients.
+
+    Rank 0 alone has the sum of all; the others return 0.
+    """
     batches = alone.problem.batches[:count]
-    one = alone.clipped_sum(batches)
     all_ranks = shared.ranks.reduce_clipped_sum(shared.clipped_sum(batches))
+    if not shared.ranks.first:
+        return 0.0
+    one = alone.clipped_sum(batches)
     distance = sum(float((a - b).square().sum()) for a, b in zip(one.tensors, all_ranks.tensors, strict=True))
     length = sum(float(a.square().sum()) for a in one.tensors)
     return (distance / length) ** 0.5 if length else distance**0.5
@@ -89,7 +97,7 @@ def seconds(step: Callable[[], None]) -> tuple[float, float]:
 
 
 def measure(problem: Problem, ranks: Ranks, backend: str, rounds: int) -> dict[str, Any]:
-    """Return times, speed-up and checks; the same on all ranks but for the times, which are rank 0's."""
+    """Return times, speed-up and checks; those of rank 0 count."""
     # The process that works alone is a group of one: it reduces nothing and draws its own noise.
     alone, shared = Stepper(problem, Ranks(), backend), Stepper(problem, ranks, backend)
     counts = {"all": len(problem.batches), "one (empty shares)": 1, "none": 0}

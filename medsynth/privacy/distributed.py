@@ -1,43 +1,51 @@
 """One private step over several processes: each rank clips its share of patients, one reduction, noise drawn once.
 
-Rank 0 alone has the coins and the noise; the others get the drawn indices and the noisy mean from it. So no seed is
-shared, nothing is drawn twice, and all ranks take bit for bit the same step (pitfall 22). Sums are reduced in float64
-before the noise, whatever backend made them; the process group is opened with gloo, on CPU tensors.
+Rank 0 alone has the coins, the noise and the optimizer; the others get the drawn indices from it, hand in the clipped
+sum of their share and take over the parameters that it moved. So no seed is shared, nothing is drawn twice, and all
+ranks hold bit for bit the same weights (pitfall 22). Sums are reduced in float64 before the noise, whatever backend
+made them; the process group is opened with gloo, on CPU tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
-from medsynth.errors import PrivacyError
-from medsynth.privacy.entropy import Entropy
+from medsynth.devices import rank_and_size
+from medsynth.errors import MedsynthError, PrivacyError
 from medsynth.privacy.gradients import ClippedSum
-from medsynth.privacy.mechanism import DpSgd
 
 Item = TypeVar("Item")
 
-# Rank 0 may pre-train for hours while the others wait for the first step.
+_JOINING = timedelta(minutes=10)
+# Rank 0 may pre-train for hours while the others wait for the first step; a rank that ends is noticed at once.
 _PATIENCE = timedelta(days=7)
+_ASSISTANT_GONE = (
+    "a process that assisted in the training has ended or cannot be reached: its own message says why. Finished stages "
+    "stay, and the same command goes on within the reservation, with any number of processes"
+)
+_FIRST_GONE = "rank 0 has ended or cannot be reached: its own message says why (this process only assisted)"
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that share a step; see :func:`open_ranks`.
 
-    *Guarantees*: :meth:`noisy_mean` adds the mechanism's noise once to the sum over all ranks, from rank 0's entropy.
-    Every patient of :meth:`draw` is in exactly one rank's :meth:`share`, so the sum has the sensitivity of one
-    process's. A rank without patients takes part with zeros. That each rank clips rightly is its backend's promise.
+    *Guarantees*: every item is in exactly one rank's :meth:`share`, so the sum over ranks has the sensitivity of one
+    process's. A rank without patients takes part with zeros. Nothing here adds noise: it is added to the result of
+    :meth:`reduce_clipped_sum`, which rank 0 alone gets. That each rank clips rightly is its backend's promise.
 
     Attributes:
-        rank: 0 for the one that draws, writes and accounts.
+        rank: 0 for the one that draws, adds the noise, moves the parameters, writes and accounts.
         size: number of processes; 1 needs no process group.
     """
 
@@ -53,87 +61,106 @@ class Ranks:
         """Return this rank's items: every ``size``-th, so that shares differ by at most one."""
         return list(items[self.rank :: self.size])
 
-    def draw(self, mechanism: DpSgd, n_units: int, entropy: Entropy | None) -> list[int]:
-        """Return the patients of one step, drawn by rank 0, on every rank.
+    def call(self, value: Any) -> None:
+        """Tell the other ranks something (on rank 0); they wait for it in :meth:`await_call`."""
+        if self.size > 1:
+            with self._together():
+                dist.broadcast_object_list([value], src=0)
 
-        Args:
-            mechanism: the plan.
-            n_units: number of patients.
-            entropy: source of the coins on rank 0; others pass None.
+    def await_call(self) -> Any:
+        """Return what rank 0 tells (on the others), however long it takes.
+
+        Raises:
+            MedsynthError: rank 0 has ended.
         """
-        drawn = mechanism.draw(n_units, self._own(entropy)) if self.first else []
-        if self.size == 1:
-            return drawn
-        sent: list[list[int]] = [drawn]
-        dist.broadcast_object_list(sent, src=0)
-        return sent[0]
+        heard: list[Any] = [None]
+        with self._together():
+            dist.broadcast_object_list(heard, src=0)
+        return heard[0]
 
     def reduce_clipped_sum(self, found: ClippedSum) -> ClippedSum:
-        """Return the sum over all ranks, and the norms in the order of the list that was shared; on every rank.
+        """Return the sum over all ranks, and the norms in the order of the list that was shared.
 
         Args:
             found: the clipped sum of :meth:`share`; zeros and no norms where the share was empty.
+
+        Returns:
+            The whole on rank 0; nothing on the others.
+
+        Raises:
+            MedsynthError: another rank has ended.
         """
         if self.size == 1:
             return found
         flat = torch.cat([part.detach().reshape(-1).to("cpu", torch.float64) for part in found.tensors])
-        dist.all_reduce(flat)
         gathered: list[list[float]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, found.norms)
+        with self._together():
+            dist.reduce(flat, dst=0)
+            dist.gather_object(found.norms, gathered if self.first else None, dst=0)
+        if not self.first:
+            return ClippedSum([], [])
         norms = [0.0] * sum(map(len, gathered))
         for rank, part in enumerate(gathered):
             norms[rank :: self.size] = part
         return ClippedSum(_unpack(flat, found.tensors), norms)
 
-    def noisy_mean(self, mechanism: DpSgd, found: ClippedSum, entropy: Entropy | None) -> list[Tensor]:
-        """Return ``(sum over ranks + noise) / denominator`` on every rank; call it once a step, empty or not.
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Give every rank the values of rank 0, in place.
 
         Args:
-            mechanism: the plan.
-            found: this rank's clipped sum, NOT reduced.
-            entropy: source of the noise on rank 0; others pass None.
+            tensors: of the same shapes and types on all ranks.
+
+        Raises:
+            MedsynthError: another rank has ended.
         """
         if self.size == 1:
-            return mechanism.noisy_mean(found.tensors, self._own(entropy))
-        flat = torch.cat([part.detach().reshape(-1).to("cpu", torch.float64) for part in found.tensors])
-        dist.reduce(flat, dst=0)
-        if self.first:
-            noisy = mechanism.noisy_mean([flat], self._own(entropy))[0]
-        else:
-            noisy = torch.empty(flat.shape, dtype=torch.float32)
-        dist.broadcast(noisy, src=0)
-        return _unpack(noisy, found.tensors)
+            return
+        for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor.detach() for tensor in tensors if tensor.dtype == kind]
+            flat = torch.cat([tensor.reshape(-1).cpu() for tensor in alike])
+            with self._together():
+                dist.broadcast(flat, src=0)
+            if not self.first:
+                for tensor, piece in zip(alike, _unpack(flat, alike), strict=True):
+                    tensor.copy_(piece)
 
     def take_weights(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0, in place."""
-        if self.size > 1:
-            for tensor in [*model.parameters(), *model.buffers()]:
-                held = tensor.detach().cpu().contiguous()
-                dist.broadcast(held, src=0)
-                with torch.no_grad():
-                    tensor.copy_(held)
+        self.take([*model.parameters(), *model.buffers()])
 
-    def _own(self, entropy: Entropy | None) -> Entropy:
-        if entropy is None:
-            raise PrivacyError("rank 0 needs the entropy: it alone draws patients and noise")
-        return entropy
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say in our words that another process is gone; gloo raises a bare RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise MedsynthError(_ASSISTANT_GONE if self.first else _FIRST_GONE) from error
 
 
 def open_ranks() -> Ranks:
     """Return this process's place under ``torchrun`` (gloo), or the only one when started otherwise.
 
     Raises:
-        PrivacyError: ``torchrun``'s variables are incomplete.
+        ConfigError: ``torchrun``'s variables are no numbers.
+        PrivacyError: they are incomplete.
+        MedsynthError: the other processes did not come within ten minutes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = rank_and_size()
     if size == 1:
         return Ranks()
     if not dist.is_initialized():
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise PrivacyError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start it with torchrun")
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+        try:
+            # Meeting has a short limit of its own: a rank 0 that failed before it came is not waited for.
+            store, rank, size = next(iter(rendezvous("env://", rank, size, timeout=_JOINING)))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        except RuntimeError as error:
+            raise MedsynthError(
+                f"{size} processes were announced (WORLD_SIZE), but not all of them came: see their messages"
+            ) from error
+    return Ranks(rank, size)
 
 
 def close_ranks() -> None:

@@ -2,32 +2,44 @@
 
 Steps are claimed in a journal before a patient is read for them. A killed run goes on within its reservation: finished
 steps are kept, started ones are lost, fresh noise is drawn.
+
+Under ``torchrun`` rank 0 does all of this, and the other ranks :func:`assist`: each clips its share of the drawn
+patients. They have no coins, noise, optimizer, journal or ledger; how many they are changes nothing but the time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medsynth import logs
+from medsynth import logs, store
+from medsynth.config import Study
+from medsynth.devices import open_device
 from medsynth.diffusion.fitting import open_ema
-from medsynth.diffusion.generator import Generator
+from medsynth.diffusion.generator import Generator, build_generator
 from medsynth.diffusion.objective import Batch, noise_rows, row_loss
+from medsynth.errors import StoreError
 from medsynth.models.adapters import add_adapters, select_trainable
-from medsynth.models.denoiser import Preconditioning
+from medsynth.models.autoencoder import load_codec
+from medsynth.models.denoiser import Denoiser, Preconditioning
+from medsynth.privacy.distributed import Ranks, open_ranks
 from medsynth.randomness import derive_seed
+from medsynth.stages.inputs import config_digest
 from medsynth.stages.training_job import LOG_EVERY, Job
+from medsynth.tracking import Tracker
 
 if TYPE_CHECKING:
     from medsynth.privacy.entropy import Entropy
     from medsynth.privacy.gradients import Backend
     from medsynth.privacy.journal import StepJournal
     from medsynth.privacy.mechanism import DpSgd
+    from medsynth.privacy.preflight import Evidence
 
 _CHECKPOINT = "checkpoint.pt"
 _JOURNAL = "steps.jsonl"
@@ -36,6 +48,23 @@ SCRATCH = (_CHECKPOINT, _JOURNAL, f"{_JOURNAL}.lock")
 _CLAIM = 5  # steps that are claimed, and at worst lost, together
 _PREFLIGHT_UNITS = 4
 _EPSILON_POINTS = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """What rank 0 says when private steps begin.
+
+    Attributes:
+        settings: digest of the settings that the stage depends on.
+        clip_norm: L2 bound on one patient's gradient.
+        cohort: digest of the folder that the patients are read from.
+        autoencoder: digest of the folder that the codec is read from.
+    """
+
+    settings: str
+    clip_norm: float
+    cohort: str
+    autoencoder: str
 
 
 def choose_trainable(job: Job, built: Generator) -> int:
@@ -50,18 +79,16 @@ def choose_trainable(job: Job, built: Generator) -> int:
 def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     """Take T steps of DP-SGD on patients; see the module's first lines for what a kill means."""
     from medsynth.privacy.entropy import open_entropy
-    from medsynth.privacy.gradients import open_backend
     from medsynth.privacy.journal import StepJournal
     from medsynth.privacy.mechanism import DpSgd
-    from medsynth.privacy.preflight import preflight, refuse_modules
+    from medsynth.privacy.preflight import refuse_modules
 
     settings, privacy = job.config.train, job.config.privacy
     model = built.denoiser.train()
     refuse_modules(model)
     public = public_batches(job, built)
     clip_norm = settings.clip_norm or _public_gradient_norm(model, public)
-    backend = open_backend(settings.backend, model, row_loss, clip_norm)
-    evidence = preflight(backend, model, row_loss, public[:_PREFLIGHT_UNITS], clip_norm)
+    backend, evidence = _checked_backend(job, model, public, clip_norm)
     trained = privacy.declared_patients * (1 - job.config.ingest.test_fraction)
     mechanism = DpSgd(
         name="denoiser",
@@ -97,18 +124,21 @@ def _private_steps(
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     ema = open_ema(model, settings.ema_decay)
     _restore(job, model, optimizer, ema)
+    ranks = open_ranks()
+    ranks.call(_call(job, mechanism.clip_norm))
+    ranks.take_weights(model)
     encoded = job.encoded_patients(built)
     steps = journal.claimed_steps(_CLAIM)
     for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
-        units = [
-            unit_batch(job, model.preconditioning, *encoded[index], step)
-            for index in mechanism.draw(len(encoded), entropy)
-        ]
-        total = backend.clipped_sum(units)
+        drawn = mechanism.draw(len(encoded), entropy)
+        ranks.call((step, drawn))
+        units = _units(job, model, [encoded[index] for index in ranks.share(drawn)], step)
+        total = ranks.reduce_clipped_sum(backend.clipped_sum(units))
         noisy = mechanism.noisy_mean(total.tensors, entropy)
         for parameter, gradient in zip(parameters, noisy, strict=True):
             parameter.grad = gradient.to(parameter.device).reshape(parameter.shape)
         optimizer.step()
+        ranks.take(parameters)
         ema.step(parameters)
         if (step + 1) % _CLAIM == 0 or step + 1 == settings.steps:
             _keep(job, model, optimizer, ema)
@@ -116,7 +146,61 @@ def _private_steps(
             job.tracker.metrics({"epsilon": curve[step + 1]}, step=step + 1)
         if (step + 1) % LOG_EVERY == 0 and total.norms:
             job.tracker.metrics({"internal_gradient_norm": float(np.median(total.norms))}, step=step + 1)
+    ranks.call(None)
     ema.copy_to(parameters)
+
+
+def assist(config: Study, inputs: Mapping[str, Path], ranks: Ranks, call: Call) -> None:
+    """Clip this rank's share of every step until rank 0 says that there are no more; nothing is drawn or written.
+
+    *Guarantees*: what leaves this process is a sum of gradients that were clipped, one patient at a time, to the
+    clip norm that rank 0 accounts for, by a backend that passed the preflight on this machine too.
+
+    Args:
+        config: the study.
+        inputs: ``cohort`` and ``autoencoder``.
+        ranks: this process's place; not rank 0.
+        call: what rank 0 said when it began.
+
+    Raises:
+        StoreError: this process reads another study, cohort or autoencoder than rank 0.
+        PrivacyError: the preflight failed here.
+        MedsynthError: rank 0 has ended.
+    """
+    job = Job(config, inputs, inputs["cohort"], config_digest(config, "train"), open_device(config.compute), Tracker())
+    if _call(job, call.clip_norm) != call:
+        raise StoreError("this process reads another study, cohort or autoencoder than rank 0: give all the same")
+    built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
+    choose_trainable(job, built)
+    model = built.denoiser.train()
+    ranks.take_weights(model)
+    backend, _ = _checked_backend(job, model, public_batches(job, built), call.clip_norm)
+    encoded = job.encoded_patients(built)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    while (told := ranks.await_call()) is not None:
+        step, drawn = told
+        units = _units(job, model, [encoded[index] for index in ranks.share(drawn)], step)
+        ranks.reduce_clipped_sum(backend.clipped_sum(units))
+        ranks.take(parameters)
+
+
+def _call(job: Job, clip_norm: float) -> Call:
+    digests = {name: store.read_manifest(job.inputs[name]).digest for name in ("cohort", "autoencoder")}
+    return Call(config_digest(job.config, "train"), clip_norm, **digests)
+
+
+def _checked_backend(
+    job: Job, model: torch.nn.Module, public: list[Batch], clip_norm: float
+) -> tuple[Backend, Evidence]:
+    from medsynth.privacy.gradients import open_backend
+    from medsynth.privacy.preflight import preflight
+
+    backend = open_backend(job.config.train.backend, model, row_loss, clip_norm)
+    return backend, preflight(backend, model, row_loss, public[:_PREFLIGHT_UNITS], clip_norm)
+
+
+def _units(job: Job, model: Denoiser, patients: list[tuple[str, Tensor, Tensor]], step: int) -> list[Batch]:
+    return [unit_batch(job, model.preconditioning, *patient, step) for patient in patients]
 
 
 def unit_batch(

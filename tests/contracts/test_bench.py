@@ -36,7 +36,7 @@ def test_benchmark_writes_an_entry_for_each_engine_and_thread_count(root: Path, 
 
 @pytest.mark.slow
 def test_two_ranks_agree_with_one(root: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "pipelines.ddp_step", "--config", "tiny", "--rounds", "1"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

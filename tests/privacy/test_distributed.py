@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from medsynth.errors import PrivacyError
+from medsynth.errors import ConfigError, MedsynthError, PrivacyError
 from medsynth.privacy.distributed import Ranks, close_ranks, open_ranks
 from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import Batch, open_backend
@@ -51,14 +51,19 @@ def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
     model = _model(seed=rank)  # different weights, until rank 0's are taken
     ranks.take_weights(model)
     backend = open_backend(name, model, _loss, CLIP)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"weights": [parameter.detach().clone() for parameter in model.parameters()]}
     for count in (PATIENTS, 1, 0):  # the second leaves rank 1 without patients, the third both
         part = backend.clipped_sum(ranks.share(_patients(count)))
         whole = ranks.reduce_clipped_sum(part)
         found[f"sum{count}"], found[f"norms{count}"] = whole.tensors, whole.norms
-        found[f"exact{count}"] = ranks.noisy_mean(_plan(0.0), part, entropy)
-        found[f"noisy{count}"] = ranks.noisy_mean(_plan(1.0), part, entropy)
-    found["draws"] = [ranks.draw(_plan(1.0), 40, entropy) for _ in range(3)]
+        if entropy is not None:
+            found[f"noisy{count}"] = _plan(1.0).noisy_mean(whole.tensors, entropy)
+    told = {"step": 3, "drawn": [1, 2]}
+    ranks.call(told) if ranks.first else None
+    found["told"] = told if ranks.first else ranks.await_call()
+    mixed = [torch.full((2, 3), float(rank)), torch.full((2,), rank), torch.full((4,), float(rank))]
+    ranks.take(mixed)
+    found["taken"] = mixed
     torch.save(found, f"{out}/{rank}.pt")
     close_ranks()
 
@@ -77,40 +82,56 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("count", [PATIENTS, 1, 0])
-def test_two_ranks_give_the_sum_and_norms_of_one(both: list[dict[str, Any]], count: int) -> None:
+def test_two_ranks_give_the_sum_and_norms_of_one_to_rank_0_alone(both: list[dict[str, Any]], count: int) -> None:
     alone = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(count))
     assert len(alone.norms) == count
-    for found in both:
-        for got, want in zip(found[f"sum{count}"], alone.tensors, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-        for got, want in zip(found[f"exact{count}"], alone.tensors, strict=True):
-            torch.testing.assert_close(got, (want / 4.0).float(), rtol=1e-5, atol=1e-7)
-        assert found[f"norms{count}"] == pytest.approx(alone.norms, rel=1e-5)
+    first, second = both
+    for got, want in zip(first[f"sum{count}"], alone.tensors, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert first[f"norms{count}"] == pytest.approx(alone.norms, rel=1e-5)
+    assert second[f"sum{count}"] == [] and second[f"norms{count}"] == []
 
 
 @pytest.mark.parametrize("count", [PATIENTS, 0])
-def test_pitfall_22_noise_is_added_once_and_is_the_same_on_all_ranks(both: list[dict[str, Any]], count: int) -> None:
-    first, second = (torch.cat([part.flatten() for part in found[f"noisy{count}"]]) for found in both)
-    assert torch.equal(first, second)
-    exact = torch.cat([part.flatten() for part in both[0][f"exact{count}"]])
-    spread = float((first - exact).std()) / (CLIP / 4.0)
+def test_pitfall_22_noise_is_added_once(both: list[dict[str, Any]], count: int) -> None:
+    noisy, whole = (torch.cat([part.flatten() for part in both[0][f"{name}{count}"]]) for name in ("noisy", "sum"))
+    spread = float((noisy - whole / 4.0).std()) / (CLIP / 4.0)
     # Noise of every rank would give sqrt(2); 155 parameters estimate the spread to 6 %.
-    assert abs(spread - 1) < 4 / math.sqrt(2 * first.numel()), spread
+    assert abs(spread - 1) < 4 / math.sqrt(2 * noisy.numel()), spread
+    assert f"noisy{count}" not in both[1]
 
 
-def test_pitfall_22_other_ranks_draw_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pitfall_22_ranks_hand_in_their_sums_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Tensor] = []
     monkeypatch.setattr(torch.distributed, "reduce", lambda tensor, dst: sent.append(tensor.clone()))
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7.0))
+    monkeypatch.setattr(torch.distributed, "gather_object", lambda part, gathered, dst: None)
     part = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(3))
-    noisy = Ranks(1, 2).noisy_mean(_plan(1.0), part, open_entropy("test_only"))
-    assert torch.equal(sent[0], torch.cat([total.flatten() for total in part.tensors]))
-    assert all(bool((piece == 7.0).all()) for piece in noisy)
+    for rank in (0, 1):
+        Ranks(rank, 2).reduce_clipped_sum(part)
+        assert torch.equal(sent[rank], torch.cat([total.flatten() for total in part.tensors]))
 
 
-def test_all_ranks_get_the_draws_of_rank_0_and_they_differ_by_step(both: list[dict[str, Any]]) -> None:
-    assert both[0]["draws"] == both[1]["draws"]
-    assert len({tuple(draw) for draw in both[0]["draws"]}) == 3
+def test_other_ranks_hear_rank_0_and_take_its_values(both: list[dict[str, Any]]) -> None:
+    first, second = both
+    assert first["told"] == second["told"] == {"step": 3, "drawn": [1, 2]}
+    for name in ("weights", "taken"):
+        assert all(torch.equal(one, other) for one, other in zip(first[name], second[name], strict=True))
+    assert all(not value.any() for value in second["taken"])
+
+
+def test_a_rank_that_is_gone_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[../third_party/gloo] Connection closed by peer [10.0.0.1]:4711")
+
+    for name in ("reduce", "broadcast", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, closed)
+    part = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(2))
+    for act in (lambda: Ranks(0, 2).reduce_clipped_sum(part), lambda: Ranks(0, 2).take(part.tensors)):
+        with pytest.raises(MedsynthError, match="assisted in the training has ended") as caught:
+            act()
+        assert "10.0.0.1" not in str(caught.value)
+    with pytest.raises(MedsynthError, match="rank 0 has ended"):
+        Ranks(1, 2).await_call()
 
 
 def test_every_patient_is_in_exactly_one_share() -> None:
@@ -120,14 +141,14 @@ def test_every_patient_is_in_exactly_one_share() -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_one_process_needs_no_group_and_rank_0_needs_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ranks = open_ranks()
     assert ranks == Ranks(0, 1) and ranks.first
     alone = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(2))
     assert ranks.reduce_clipped_sum(alone) is alone
-    with pytest.raises(PrivacyError, match="rank 0 needs the entropy"):
-        ranks.noisy_mean(_plan(1.0), alone, None)
+    ranks.call("nobody is there")
+    ranks.take(alone.tensors)
 
 
 def test_incomplete_variables_of_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,4 +156,10 @@ def test_incomplete_variables_of_torchrun_are_refused(monkeypatch: pytest.Monkey
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(PrivacyError, match="start it with torchrun"):
+        open_ranks()
+
+
+def test_variables_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="whole numbers"):
         open_ranks()
