@@ -56,9 +56,9 @@ class Others:
         studies: number of other studies.
         without_promise: how many of them read patients without a mechanism, or drew repeatable noise.
         events: everything they reserved, merged; accesses without a mechanism are left out, no number covers them.
-        releases: what was certified from them.
+        releases: what was certified before, from this study too.
         recovered: the account was restored from ledgers of runs, so that studies may be missing.
-        state: digest that changes whenever any of the above does; it says nothing of the patients.
+        state: digest that changes whenever another study adds to any of the above; it says nothing of the patients.
     """
 
     studies: int
@@ -186,20 +186,33 @@ class Account:
             for name in (name for name in self.site.ids() if self.site.current(name) == self.id):
                 self.site.append(name, {"type": "limit", "account": name, "epsilon": str(most), "delta": delta})
 
-    def others(self, records: Sequence[Record]) -> Others:
-        """Return what the account holds beside the study that ``records`` (its ledger) are."""
+    def last_release(self, records: Sequence[Record]) -> str:
+        """Return the digest of the last statement that was certified from a study; "" where there is none."""
+        lines, study = self.lines(), study_of(records)
+        found = [str(line["statement"]) for line in lines if line["type"] == "release" and line["study"] == study]
+        return found[-1] if found else ""
+
+    def others(self, records: Sequence[Record], without: str = "") -> Others:
+        """Return what the account holds beside a study.
+
+        Args:
+            records: the study's ledger.
+            without: digest of a statement that is no earlier release (it is the one being made).
+        """
         lines, study = self.lines(), study_of(records)
         own = {record["id"] for record in records if record["type"] == "reserve"}
         reserved = [line for line in lines if line["type"] == "reserve" and line["entry"] not in own]
         studies = {line["study"] for line in reserved} - {study}
         tainted = {line["study"] for line in reserved if taints_of([line])} - {study}
+        certified = [line for line in lines if line["type"] == "release"]
         released = {
             Release(line["statement"], line["epsilon"], line["delta"]): None
-            for line in lines
-            if line["type"] == "release" and line["study"] != study
+            for line in certified
+            if line["statement"] != without
         }
+        elsewhere = {line["statement"] for line in certified if line["study"] != study}
         recovered = any(line["type"] == "recover" for line in lines)
-        state = [sorted(line["entry"] for line in reserved), sorted(r.statement for r in released), recovered]
+        state = [sorted(line["entry"] for line in reserved), sorted(elsewhere), recovered]
         return Others(
             studies=len(studies),
             without_promise=len(tainted),

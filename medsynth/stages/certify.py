@@ -80,8 +80,10 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             return folder.finish("internal", details={"certified": False, "pairs": count})
         # Nobody reserves or certifies beside this: the statement names all that the account holds when it is signed.
         with ledger.account.locked() if ledger.account is not None else contextlib.nullcontext():
-            signed = _certify(config, inputs, folder.path, count, ancestry, ledger, tracker, key)
+            signed = _state(config, inputs, folder.path, count, ancestry, ledger, key)
+            _sign(folder.path, key, signed)
             _note_release(ledger, signed)
+            _tell(tracker, signed, count)
             return folder.finish("released", details=manifests.certificate_details(signed["predicate"]))
 
 
@@ -111,14 +113,31 @@ def _leave_uncertified(config: Study, body: Path, count: int, reasons: list[str]
     say("release without certificate", reasons=len(reasons))
 
 
-def _certify(
+def _state(
     config: Study,
     inputs: Mapping[str, Path],
     out: Path,
     count: int,
     ancestry: Ancestry,
     ledger: Ledger,
-    tracker: Tracker,
+    key: signing.SigningKey,
+) -> dict[str, Any]:
+    """Return the statement, with every earlier release in it; the same statement made again is none."""
+    last = ledger.account.last_release(ledger.entries()) if ledger.account is not None else ""
+    stated = _state_without(last, config, inputs, out, count, ancestry, ledger, key)
+    if last in ("", store.digest_of(stated)):
+        return stated
+    return _state_without("", config, inputs, out, count, ancestry, ledger, key)
+
+
+def _state_without(
+    last: str,
+    config: Study,
+    inputs: Mapping[str, Path],
+    out: Path,
+    count: int,
+    ancestry: Ancestry,
+    ledger: Ledger,
     key: signing.SigningKey,
 ) -> dict[str, Any]:
     entries = ledger.entries()
@@ -127,7 +146,7 @@ def _certify(
     claim = statement.claim_of(events, config)
     body = out / PAYLOAD
     nodes = [node.as_json() for node in ancestry.nodes]
-    others = ledger.account.others(entries) if ledger.account is not None else None
+    others = ledger.account.others(entries, last) if ledger.account is not None else None
     account = spending.account(others, entries, claim.delta)
     audited = audits.summary(audits.read_findings(inputs["audit"])) if "audit" in inputs else []
     said = statement.predicate(
@@ -147,11 +166,13 @@ def _certify(
     payload.write_json(body / ANCESTRY, nodes)
     if endorsed := keys.read_endorsements(inputs["keys"]):
         (body / ENDORSEMENTS).write_bytes(endorsed)
-    signed = statement.build(store.digest_tree(body), said)
-    _sign(out, key, signed)
-    tracker.metrics({"epsilon": claim.epsilon, **{f"epsilon_{name}": value for name, value in accountants.items()}})
-    say("certified", epsilon=claim.epsilon, delta=claim.delta, unit=claim.unit, pairs=count)
-    return signed
+    return statement.build(store.digest_tree(body), said)
+
+
+def _tell(tracker: Tracker, signed: Mapping[str, Any], count: int) -> None:
+    claim, accountants = signed["predicate"]["claim"], signed["predicate"]["accountants"]
+    tracker.metrics({"epsilon": claim["epsilon"], **{f"epsilon_{name}": spent for name, spent in accountants.items()}})
+    say("certified", epsilon=claim["epsilon"], delta=claim["delta"], unit=claim["unit"], pairs=count)
 
 
 def _note_release(ledger: Ledger, signed: dict[str, Any]) -> None:

@@ -299,13 +299,16 @@ def test_an_access_without_a_mechanism_is_told_and_not_counted(site: Site) -> No
     assert (found.studies, found.without_promise, found.events) == (2, 2, (SUM.event(),))
 
 
-def test_releases_of_others_are_remembered_and_ones_own_are_not_earlier(site: Site) -> None:
+def test_every_release_but_the_one_being_made_is_remembered(site: Site) -> None:
     one, other = site.ledger("one", {ANNA}), site.ledger("two", {ANNA})
     reserve(one)
     reserve(other)
     for number in range(2):
         account(one).release(one.entries(), Release(f"{number}" * 64, 3.0, 1e-4))
-    assert account(one).others(one.entries()).releases == ()
+    assert account(one).last_release(one.entries()) == "1" * 64
+    assert [r.statement[0] for r in account(one).others(one.entries()).releases] == ["0", "1"]
+    assert [r.statement[0] for r in account(one).others(one.entries(), "1" * 64).releases] == ["0"]
+    assert account(other).last_release(other.entries()) == ""
     assert [r.statement[0] for r in account(other).others(other.entries()).releases] == ["0", "1"]
 
 
