@@ -75,8 +75,8 @@ def _refuse_new_key(accounts: Path) -> None:
     """A new key would recognise nobody: every account would start again at nothing spent."""
     if accounts.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in accounts.iterdir()):
         raise StoreError(
-            f"{HOME_VARIABLE}/{_KEY_FILE} is gone, and accounts are there that it named the patients of: restore it from "
-            f"a backup. Only where no study of these patients counts any more, move {HOME_VARIABLE}/accounts away"
+            f"{HOME_VARIABLE}/{_KEY_FILE} is gone, and accounts are there that it named the patients of: restore it "
+            f"from a backup. Only where no study of these patients counts any more, move {HOME_VARIABLE}/accounts away"
         )
 
 

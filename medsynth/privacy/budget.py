@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
-from scipy.special import log_ndtr, ndtr
-
 from medsynth.config import Masks, Privacy, Train
 from medsynth.errors import BudgetError, PrivacyError
-from medsynth.privacy.accounting import COARSE_INTERVAL, FINE_INTERVAL, Event, epsilon, merge, pld_epsilon
+from medsynth.privacy.accounting import Event, claimed, epsilon, planned
+from medsynth.privacy.pld import gaussian_delta
 
 # The mask statistics are two noisy sums (means of pose and shape, then their spread), which split their share of
 # mu^2 equally.
@@ -118,7 +117,7 @@ def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: flo
 
     def fits(steps: int) -> bool:
         step = Event("subsampled_gaussian", training_noise, train.sampling_rate, steps)
-        return pld_epsilon(merge([*fixed, step] * privacy.trials), privacy.delta, COARSE_INTERVAL) <= _target(privacy)
+        return planned([*fixed, step] * privacy.trials, privacy.delta) <= _target(privacy)
 
     if not fits(1):
         raise BudgetError(
@@ -163,14 +162,6 @@ def epsilon_for(parameters: float, patients: float, delta: float, trials: int = 
         middle = (low + high) / 2
         low, high = (middle, high) if gaussian_delta(middle, mu) > delta else (low, middle)
     return high
-
-
-def gaussian_delta(epsilon: float, mu: float) -> float:
-    """Return the exact delta of a Gaussian mechanism with sensitivity/noise ``mu`` at ``epsilon``.
-
-    Balle, Wang 2018, theorem 8; Dong, Roth, Su 2022, corollary 2.13.
-    """
-    return float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)))
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
@@ -220,12 +211,11 @@ def _target(privacy: Privacy) -> float:
 def _training_noise(fixed: Mapping[str, tuple[Event, ...]], privacy: Privacy, train: Train) -> float:
     target, before = _target(privacy), [event for stage in fixed.values() for event in stage]
 
-    def cost(sigma: float, interval: float) -> float:
-        step = Event("subsampled_gaussian", sigma, train.sampling_rate, train.steps)
-        return pld_epsilon(merge([*before, step] * privacy.trials), privacy.delta, interval)
+    def everything(sigma: float) -> list[Event]:
+        return [*before, Event("subsampled_gaussian", sigma, train.sampling_rate, train.steps)] * privacy.trials
 
     high = 1.0
-    while cost(high, COARSE_INTERVAL) > target:
+    while planned(everything(high), privacy.delta) > target:
         high *= 2
         if high > _MAX_MULTIPLIER:
             raise BudgetError(
@@ -236,8 +226,8 @@ def _training_noise(fixed: Mapping[str, tuple[Event, ...]], privacy: Privacy, tr
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         # Very little noise makes the grid of the accountant huge; half a unit never fits a sensible promise anyway.
-        affordable = middle > 0.05 and cost(middle, COARSE_INTERVAL) <= target
+        affordable = middle > 0.05 and planned(everything(middle), privacy.delta) <= target
         low, high = (low, middle) if affordable else (middle, high)
-    while cost(high, FINE_INTERVAL) > target:
+    while claimed(everything(high), privacy.delta) > target:
         high *= 1.001
     return high

@@ -8,7 +8,7 @@ from typing import Any
 
 from medsynth.errors import PrivacyError
 from medsynth.privacy.account import Others, counted_events
-from medsynth.privacy.accounting import COARSE_INTERVAL, Event, epsilon, membership_bound, merge, pld_epsilon
+from medsynth.privacy.accounting import COARSE_INTERVAL, Event, claimed, epsilon, membership_bound
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import RELATION, UNIT, charged_events, taints_of, trials_of
 
@@ -78,9 +78,11 @@ def mechanism(entry: Record) -> dict[str, Any]:
 
 
 def cost_at(spent: Sequence[Event], delta: float) -> float:
-    """Return epsilon (PLD, the quick grid, never below the exact one) of all events at ``delta``, rounded up."""
-    merged = merge(spent)
-    return round_up(pld_epsilon(merged, delta, COARSE_INTERVAL)) if merged else 0.0
+    """Return epsilon of all events at ``delta`` as :func:`accounting.claimed` has it on the quick grid, rounded up.
+
+    It is an upper bound of its own, beside :func:`accounting.epsilon`: either may be the smaller one.
+    """
+    return round_up(claimed(spent, delta, COARSE_INTERVAL))
 
 
 def membership(spent: Sequence[Event], delta: float) -> tuple[tuple[float, float], ...]:

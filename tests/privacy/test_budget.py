@@ -14,12 +14,12 @@ from medsynth.privacy.budget import (
     MASK_SUMS,
     balance,
     epsilon_for,
-    gaussian_delta,
     gaussian_mu,
     most_steps,
     plan_at_noise,
     plan_budget,
 )
+from medsynth.privacy.pld import gaussian_delta
 
 TRAIN = Train(steps=100)
 
