@@ -50,7 +50,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         findings = []
         for finding in _findings(config, inputs, device, folder.path):
             findings.append(finding)
-            logs.say(f"audit: {finding.audit} of {finding.subject}", verdict=finding.verdict, value=finding.value)
+            # Logs of jobs are read by more people than the folder: nothing that was measured on patients goes there.
+            told = {} if finding.reads_patients else {"value": finding.value}
+            logs.say(f"audit: {finding.audit} of {finding.subject}", verdict=finding.verdict, **told)
         write_findings(findings, folder.path)
         tracker.metrics({f"audit/{one.audit}/{one.subject}": one.value for one in findings})
         if (folder.path / ROC).is_file():

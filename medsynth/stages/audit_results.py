@@ -22,7 +22,7 @@ from medsynth.diffusion.generator import Generator, build_generator
 from medsynth.diffusion.recognition import familiarity
 from medsynth.imaging.cohort import Patient
 from medsynth.imaging.phantom import phantom_pairs
-from medsynth.metrics.membership import FALSE_ALARMS, Attack, area_under, attack, grid
+from medsynth.metrics.membership import FALSE_ALARMS, Attack, area_surely, area_under, attack, grid
 from medsynth.metrics.memorisation import Copies, centred, coarse, copies, relative_distances
 from medsynth.models.autoencoder import build_codec
 from medsynth.privacy.accounting import membership_bound
@@ -31,6 +31,7 @@ from medsynth.randomness import derive_seed, generator
 
 ALARM = 0.6  # an area under the curve that is surely above: members are recognised
 _UNSURE = 0.75  # an interval that reaches here and starts below the alarm says nothing
+_CHANCE, _ATTACKS = 0.001, 3  # that an honest study is stopped by any of its attacks on membership (Bonferroni)
 _COPY_EFFECT = 0.15  # by how much the share of copies must exceed chance
 _FEWEST = 8  # patients a side, below which no verdict is given
 _CONTROL_SIZE, _CONTROL_MEMBERS, _CONTROL_STEPS, _COPIED = 16, 8, 200, 24
@@ -216,8 +217,9 @@ def _membership(
         high=found.auc_high,
         allowed=allowed,
         outcome=_attack_outcome(found, allowed, min(len(side) for side in scores)),
-        # Beyond what the claimed epsilon allows, the claim itself is false; below, it is only a warning.
-        blocks=found.auc_low > bound,
+        # Beyond what the claimed epsilon allows, the claim itself is false; below, it is only a warning. Honest studies
+        # of small epsilon must not be stopped by chance: the interval that is shown is too narrow to decide that.
+        blocks=area_surely(found.auc, *map(len, scores), _CHANCE / _ATTACKS) > bound,
         controls=(Control(leaky, control.auc, control.auc_low > ALARM),),
         shows=shows,
         reads_patients=True,

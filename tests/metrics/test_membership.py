@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medsynth.metrics.membership import area_under, attack, grid, roc, true_positives
+from medsynth.metrics.membership import area_surely, area_under, attack, grid, roc, true_positives
 from medsynth.metrics.memorisation import centred, coarse, copies, relative_distances
 
 
@@ -80,3 +80,11 @@ def test_where_the_organ_lies_does_not_matter() -> None:
     images[1, 0, 4:6, 3:5], labels[1, 4:6, 3:5] = 1.0, 1
     moved = centred(images, labels)
     assert torch.equal(moved[0], moved[1]) and torch.equal(centred(images, labels * 0), images)
+
+
+def test_the_sure_area_is_clopper_and_pearsons_where_nothing_overlaps_and_never_above_what_was_measured() -> None:
+    assert area_surely(1.0, 25, 35, 0.01) == pytest.approx(0.01 ** (1 / 25))
+    assert area_surely(0.0, 25, 35, 0.01) == 0.0
+    lows = [area_surely(area, 20, 20, 0.01) for area in (0.5, 0.7, 0.9, 0.99)]
+    assert lows == sorted(lows) and all(low < area for low, area in zip(lows, (0.5, 0.7, 0.9, 0.99), strict=True))
+    assert area_surely(0.7, 2000, 2000, 0.01) > 0.65 > area_surely(0.7, 20, 2000, 0.01)

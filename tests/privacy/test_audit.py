@@ -52,6 +52,8 @@ def test_a_finding_survives_json_and_only_blocking_or_broken_ones_refuse() -> No
         assert Finding.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False))) == one
     assert refusals([finding(), finding(outcome="cannot say"), finding(outcome="fail", blocks=False)]) == []
     assert "at least 3" in refusals([finding(outcome="fail", low=3.0)])[0]
+    inside = refusals([finding(outcome="fail", low=3.0, reads_patients=True)])[0]
+    assert "above what is allowed" in inside and "3" not in inside
     for controls in ((), (Control("half the noise", 1.0, False),)):
         broken = finding(controls=controls)
         assert broken.verdict == "broken" and "broken" in refusals([broken])[0]

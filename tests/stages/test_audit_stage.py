@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from medsynth import config, study
+from medsynth import config, logs, store, study
 from medsynth.config import Study
 from medsynth.errors import CertificationError, StoreError
 from medsynth.imaging.cohort import Patient
+from medsynth.metrics.membership import attack
 from medsynth.privacy.audit.finding import Control, Finding, refusals
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.mechanism import GaussianSum
 from medsynth.release.audits import read_findings
-from medsynth.stages import audit, audit_mechanisms, certify, report_page, synthesise, train
+from medsynth.stages import audit, audit_mechanisms, audit_results, certify, report_page, synthesise, train
 from medsynth.stages.audit_results import Sides, allowed_area, audit_pairs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -85,11 +86,12 @@ def test_a_stage_that_forgets_its_clip_is_red(
     tiny_settings: dict[str, Any], before_training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = dict.fromkeys(("gradients", "step", "one_run", "generator", "pairs"), False)
-    tiny, inputs = finished(tiny_settings, before_training, tmp_path, audit=only)
+    unit = {**tiny_settings["train"], "backend": "unit"}  # whose clip goes missing below
+    tiny, inputs = finished(tiny_settings, before_training, tmp_path, audit=only, train=unit)
     release = GaussianSum.release
 
     def unclipped(self: GaussianSum, units: Any, entropy: Any) -> Any:
-        return release(self, (), entropy) + sum(units) / self.denominator * 3
+        return release(self, (), entropy) + 1e6 * sum(units) / self.denominator
 
     with monkeypatch.context() as patch:
         patch.setattr(GaussianSum, "release", unclipped)
@@ -140,8 +142,44 @@ def test_pairs_that_copy_their_patients_are_red_and_fresh_pairs_are_not(tiny_set
     assert len(refusals(copied)) == 2, "copies stop a release whatever its epsilon"
     recognised = [one for one in red.values() if one.audit == "membership inference"]
     assert refusals(recognised) == [], "below what the claim allows it is a warning"
-    strict = list(audit_pairs(tiny, *pairs_of(people[:20]), sides, allowed_area([(0.1, 1e-4)])))
+    strict = list(audit_pairs(tiny, *pairs_of(people[:30]), sides, allowed_area([(0.1, 1e-4)])))
     assert len(refusals([one for one in strict if one.audit == "membership inference"])) == 2
+
+
+def test_strangers_of_an_honest_study_are_not_told_apart_by_chance(tiny_settings: dict[str, Any]) -> None:
+    tiny, bound, stopped, doubted = config.parse({**tiny_settings, "audit": QUICK}), allowed_area([(0.05, 1e-5)]), 0, 0
+    rng = np.random.default_rng(0)
+    control = attack(np.ones(20), np.zeros(20), 10, rng)
+    for _ in range(300):
+        scores = rng.normal(size=12), rng.normal(size=12)
+        found = audit_results._membership(tiny, "x", scores, control, bound, "x", "x")
+        doubted, stopped = doubted + (found.verdict == "fail"), stopped + bool(refusals([found]))
+    assert doubted > 3 and stopped == 0
+
+
+def test_a_study_that_gives_every_patient_away_is_stopped(tiny_settings: dict[str, Any]) -> None:
+    tiny, rng = config.parse({**tiny_settings, "audit": QUICK}), np.random.default_rng(0)
+    control = attack(np.ones(20), np.zeros(20), 10, rng)
+    apart = np.arange(25.0) + 100, np.arange(35.0)
+    found = [audit_results._membership(tiny, "x", apart, control, bound, "x", "x") for bound in (0.7, 0.95, 1.0)]
+    assert {one.verdict for one in found} == {"fail"} and [bool(refusals([one])) for one in found] == [1, 0, 0]
+
+
+def test_the_log_tells_no_value_that_was_measured_on_patients(
+    tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = _Refused.one("pass")
+    monkeypatch.setattr(audit, "_findings", lambda *_: iter([one, replace(one, reads_patients=True, subject="y")]))
+    inputs, told = {"ledger": tmp_path / "ledger.jsonl"}, dict[str, Any]()
+    inputs["ledger"].write_bytes(b"")
+    for name in study.BY_VERB["audit"].reads:
+        with store.create(tmp_path / name, name, "0" * 64) as folder:
+            folder.finish("released")
+        inputs[name] = tmp_path / name
+    monkeypatch.setattr(logs, "say", lambda text, **values: told.update({text: values}))
+    audit.run(tiny_study, inputs, tmp_path / "audit", Tracker())
+    assert told["audit: step of x"] == {"verdict": "pass", "value": 2.0}
+    assert told["audit: step of y"] == {"verdict": "pass"}
 
 
 def test_the_area_that_epsilon_allows() -> None:
@@ -161,8 +199,6 @@ class _Refused:
     """A run whose audit is stored by hand."""
 
     def __init__(self, root: Path, tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-        from medsynth import store
-
         self.root, self.findings = root, [self.one("pass")]
 
         def run(config: Study, inputs: Any, out: Path, tracker: Tracker) -> Manifest:
@@ -185,8 +221,6 @@ class _Refused:
 
 
 def test_only_a_red_repetition_is_kept(tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medsynth import store
-
     monkeypatch.setattr(study, "open_tracker", lambda *_: Tracker().stage("study"))
     run = _Refused(tmp_path, tiny_study, monkeypatch)
     study.audit_again(tmp_path)
