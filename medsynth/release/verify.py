@@ -13,6 +13,7 @@ from typing import Any
 
 from medsynth.errors import MedsynthError, VerificationError
 from medsynth.release import checks, contents, endorsements, opened, recompute, signing
+from medsynth.release.audits import OF_MECHANISMS
 from medsynth.release.marks import CERTIFICATE, ENDORSEMENTS, PUBLIC_KEY
 from medsynth.release.opened import Question, Release
 
@@ -59,6 +60,7 @@ class Report:
         signer_known: whether that key came from the caller (or is endorsed by one that did), not from the release.
         chain: ids of the keys from the one given to the signer, where they differ.
         accountants: by which epsilon was computed again.
+        audited: whether an audit of the mechanisms is named.
     """
 
     checks: tuple[Check, ...]
@@ -68,6 +70,7 @@ class Report:
     signer_known: bool = False
     chain: tuple[str, ...] = ()
     accountants: tuple[str, ...] = ()
+    audited: bool = False
 
     @property
     def ok(self) -> bool:
@@ -109,6 +112,7 @@ class Report:
             "signer_known": self.signer_known,
             "chain": list(self.chain),
             "accountants": list(self.accountants),
+            "audited": self.audited,
             "cannot_show": list(CANNOT_SHOW),
         }
 
@@ -130,6 +134,7 @@ class Report:
             f"relation {claim['relation']}, accountant {claim['accountant']}",
             self.account,
             f"epsilon was computed again by: {' and '.join(self.accountants)}",
+            *(() if self.audited else ("NO AUDIT OF THE MECHANISMS WAS RUN: the certificate names none",)),
         ]
 
 
@@ -157,7 +162,8 @@ def verify(release: Path, public_key: Path | None = None) -> Report:
         return Report((_ask(read, *certified), missing), signer_known=known)
     questions = [*_of_any_certificate(), *(_of_this_version() if checks.of_this_version(read) else ())]
     answers = tuple(_ask(read, *question) for question in questions)
-    return Report(answers, read.claim, _account(read), signer, known, read.chain, recompute.accountants())
+    asked = recompute.accountants()
+    return Report(answers, read.claim, _account(read), signer, known, read.chain, asked, _audited(read))
 
 
 def _printable(line: str) -> str:
@@ -194,6 +200,12 @@ def _of_this_version() -> tuple[Asked, ...]:
 
 def _account(release: Release) -> str:
     return str(opened.mapping(release.predicate, "account").get("in_words", ""))
+
+
+def _audited(release: Release) -> bool:
+    rows = release.predicate.get("audits")
+    named = [row.get("audit") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return any(isinstance(name, str) and name in OF_MECHANISMS for name in named)
 
 
 def _ask(release: Release, name: str, holds: str, question: Question) -> Check:

@@ -57,6 +57,11 @@ def test_green_audits_of_these_pairs_do_not_refuse_and_those_of_others_do(tmp_pa
     assert "other synthetic pairs" in refusals(folder, "1" * 64)[0]
 
 
+def test_no_certificate_without_an_audit_of_the_mechanisms(tmp_path: Path) -> None:
+    only = finding(audit="copy detection", reads_patients=True)
+    assert "no audit of the mechanisms was run" in refusals(*audited(tmp_path, only))[0]
+
+
 def test_an_audit_that_did_not_finish_or_cannot_be_read_is_no_pass(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not finished"):
         read_findings(tmp_path / "audit")

@@ -160,6 +160,17 @@ def test_without_an_account_the_statement_speaks_for_its_own_ledger_only(release
     assert "unknown to this ledger" in (release / "PRIVACY.md").read_text()
 
 
+def test_it_is_said_when_no_audit_of_the_mechanisms_was_run(release: Path, tmp_path: Path) -> None:
+    def audit(predicate: dict[str, Any]) -> None:
+        predicate["audits"].append({"audit": "distributional step", "subject": "denoiser", "verdict": "pass"})
+
+    for known in (False, True):
+        report = verify(release)
+        assert report.ok, report.failures
+        assert any("NO AUDIT OF THE MECHANISMS" in line for line in report.lines()) is not known
+        sign_again(release, tmp_path / "attacker", audit, pages=True, refresh=True)
+
+
 def test_all_failures_are_listed_at_once(release: Path) -> None:
     (release / IMAGE).unlink()
     (release / "UNCERTIFIED").write_text("")
