@@ -72,9 +72,7 @@ class Finding:
             return f"{name} is broken: it did not catch its positive control ({missed}); nothing it says counts"
         if self.verdict == "fail" and self.blocks and self.reads_patients:
             # Refusals reach logs of jobs and the file UNCERTIFIED: what was measured on patients stays in the folder.
-            return (
-                f"{name} failed: {self.measures} is above what is allowed (figures: folder of the audit)"
-            )
+            return f"{name} failed: {self.measures} is above what is allowed (figures: folder of the audit)"
         if self.verdict == "fail" and self.blocks:
             return f"{name} failed: {self.measures} is at least {self.low:.4g}, allowed is {self.allowed:.4g}"
         return None
