@@ -45,7 +45,7 @@ class Check:
 
     def line(self) -> str:
         """Return the check as a line for a terminal."""
-        return f"{'ok    ' if self.ok else 'FAILED'}  {self.name:<10}  {self.holds}".rstrip()
+        return f"{'ok    ' if self.ok else 'FAILED'}  {self.name:<11}  {self.holds}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _of_this_version() -> tuple[Asked, ...]:
         ("ancestry", "all that was made from patients went through a spend in the ledger", checks.ancestry),
         ("claim", "it is a promise for a patient, within the budget, with delta at most 1/(10 N)", checks.claim),
         ("epsilon", "epsilon, computed again from the ledger, is what is claimed", checks.epsilon),
-        ("accounts", "the other accountants do not contradict it", checks.accountants),
+        ("accountants", "the other accountants do not contradict it", checks.accountants),
         ("account", "the spend of all studies of these patients, computed again, is what is said", checks.account),
         ("membership", "the bounds on membership attacks follow from the ledger", checks.membership),
         ("limits", "everything that the promise does not cover is said", checks.limits),

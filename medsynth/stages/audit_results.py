@@ -219,7 +219,7 @@ def _membership(
         outcome=_attack_outcome(found, allowed, min(len(side) for side in scores)),
         # Beyond what the claimed epsilon allows, the claim itself is false; below, it is only a warning. Honest studies
         # of small epsilon must not be stopped by chance: the interval that is shown is too narrow to decide that.
-        blocks=area_surely(found.auc, *map(len, scores), _CHANCE / _ATTACKS) > bound,
+        blocks=area_surely(found.auc, len(scores[0]), len(scores[1]), _CHANCE / _ATTACKS) > bound,
         controls=(Control(leaky, control.auc, control.auc_low > ALARM),),
         shows=shows,
         reads_patients=True,
