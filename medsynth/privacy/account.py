@@ -21,8 +21,8 @@ from medsynth.privacy.ledger import events_of, study_of, taints_of, trials_of
 
 _ID_BYTES = 16
 _LEDGER_CUT = (
-    "the run's ledger lacks reservations of this study that the account holds: it was cut, or an older copy took its place. "
-    "Restore ledger.jsonl, or start over in a new run folder (what was reserved stays charged)"
+    "the run's ledger lacks reservations of this study that the account holds: it was cut, or an older copy took its "
+    "place. Restore ledger.jsonl, or start over in a new run folder (what was reserved stays charged)"
 )
 
 _OTHER_COHORT = (

@@ -24,7 +24,7 @@ from medsynth.devices import open_device
 from medsynth.diffusion.fitting import open_ema
 from medsynth.diffusion.generator import Generator, build_generator
 from medsynth.diffusion.objective import Batch, noise_rows, row_loss
-from medsynth.errors import StoreError
+from medsynth.errors import PrivacyError, StoreError
 from medsynth.models.adapters import add_adapters, select_trainable
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.denoiser import Denoiser, Preconditioning
@@ -87,7 +87,8 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     model = built.denoiser.train()
     refuse_modules(model)
     public = public_batches(job, built)
-    clip_norm = settings.clip_norm or _public_gradient_norm(model, public)
+    # A run that goes on takes the norm that was reserved: computed again, its last digit may differ.
+    clip_norm = settings.clip_norm or _reserved_norm(job, state) or _public_gradient_norm(model, public)
     backend, evidence = _checked_backend(job, model, public, clip_norm)
     trained = privacy.declared_patients * (1 - job.config.ingest.test_fraction)
     mechanism = DpSgd(
@@ -102,11 +103,36 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     if "training" not in state["entries"] or not path.exists():
         # Without the journal of its spent steps no earlier reservation can be gone on with: this one is new.
         path.unlink(missing_ok=True)
+        if state["entries"].pop("training", None):
+            job.save(state)
+        # Before the state names the reservation: without a journal nothing could go on with it.
+        StepJournal(path, settings.steps)
         state["entries"]["training"] = job.reserve([mechanism], preflight=evidence.to_json(), sensitivity=_unit(job))
         job.save(state)
+    _require_reserved(job, mechanism, state["entries"]["training"])
     journal = StepJournal(path, settings.steps)
     curve = _epsilon_curve(job, mechanism, state["entries"]["training"])
     _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy), curve)
+
+
+def _reserved(job: Job, entry: str | None) -> dict[str, Any]:
+    return next((one for one in job.ledger.entries() if one["id"] == entry), {})
+
+
+def _reserved_norm(job: Job, state: Mapping[str, Any]) -> float | None:
+    entry = _reserved(job, state["entries"].get("training"))
+    return entry["sensitivity"]["clip_norms"].get("denoiser") if entry else None
+
+
+def _require_reserved(job: Job, mechanism: DpSgd, entry: str) -> None:
+    """Refuse to go on with another plan than was reserved: its cost would not be what the ledger says."""
+    found, events, norms = _reserved(job, entry), [mechanism.event().to_json()], {"denoiser": mechanism.clip_norm}
+    if not found or found["events"] != events or found["sensitivity"]["clip_norms"] != norms:
+        raise PrivacyError(
+            "the interrupted training was reserved with another noise, sampling rate, number of steps or clip norm "
+            "than this one would use: continue with the settings, code and machine that began it, or run it again with "
+            "--replace (what was reserved stays spent)"
+        )
 
 
 def _private_steps(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from medsynth import config, store
 from medsynth.config import Study
 from medsynth.diffusion.generator import WEIGHTS, load_generator
-from medsynth.errors import BudgetError, StoreError
+from medsynth.errors import BudgetError, PrivacyError, StoreError
 from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.ledger import Ledger
@@ -199,6 +199,35 @@ def test_pitfall_16_a_resumed_run_takes_at_most_t_steps_on_one_reservation(
     assert reservations(inputs)[0]["id"] in manifest.ledger_entries
 
 
+@pytest.mark.parametrize("what", ["noise_multiplier", "clip_norm"])
+def test_an_interrupted_run_goes_on_with_what_it_reserved_or_not_at_all(
+    what: str, study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    kill(study, inputs, 7, monkeypatch)
+    monkeypatch.setattr("medsynth.privacy.mechanism.DpSgd", lambda **plan: DpSgd(**{**plan, what: 0.5 * plan[what]}))
+    taken = steps_taken(monkeypatch)
+    with pytest.raises(PrivacyError, match="reserved with another noise"):
+        train.run(study, inputs, inputs["generator"], Tracker())
+    assert taken == []
+
+
+def test_a_run_killed_as_it_was_reserved_goes_on_with_that_reservation(
+    study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+
+    def stopped(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private_training, "_require_reserved", stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    train.run(study, inputs, inputs["generator"], Tracker())
+    assert len(reservations(inputs)) == 1
+
+
 def test_a_run_killed_after_its_last_step_ends_with_the_same_weights(
     study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +251,7 @@ def test_a_run_killed_after_its_last_step_ends_with_the_same_weights(
     assert len(reservations(inputs)) == 1
 
 
-@pytest.mark.parametrize("how", ["deleted", "other settings", "no state"])
+@pytest.mark.parametrize("how", ["deleted", "other settings", "no state", "no journal"])
 def test_pitfall_14_a_restart_without_its_journal_is_charged_however_often_it_is_tried(
     how: str, tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +263,8 @@ def test_pitfall_14_a_restart_without_its_journal_is_charged_however_often_it_is
     if how == "deleted":
         for path in partial.iterdir():
             path.unlink()
+    elif how == "no journal":
+        (partial / "steps.jsonl").unlink()
     elif how == "no state":
         (partial / "state.json").unlink()
     else:
