@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from medsynth import config
 from medsynth.config import Study
-from medsynth.errors import ConfigError, InputError
+from medsynth.errors import ConfigError, InputError, StoreError
 from medsynth.privacy.account import Account, counted_events, limits_of
 from medsynth.privacy.accounting import epsilon
 from medsynth.privacy.accounts import Accounts
@@ -27,6 +27,7 @@ from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger, study_of, taints_of, trials_of
 from medsynth.site import accounts
 from medsynth.stages.inputs import account_of
+from medsynth.store import is_done
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +67,7 @@ def show(run: Path | None) -> None:
     console = _console()
     own = ""
     if run is not None:
+        _require_run(run)
         opened, own = [account_of(run)], study_of(Ledger(run / "ledger.jsonl").entries())
     else:
         opened = list(_current(Accounts(accounts())).values())
@@ -87,6 +89,8 @@ def limit(target: str, most: float, delta: float | None) -> None:
         InputError: no such account, or no study to take delta from.
         PrivacyError: no budget.
     """
+    if Path(target).is_dir():
+        _require_run(Path(target))
     account = account_of(Path(target)) if Path(target).is_dir() else _find(target)
     used = [line["delta"] for line in account.lines() if line["type"] == "reserve"]
     if delta is None and not used:
@@ -95,6 +99,11 @@ def limit(target: str, most: float, delta: float | None) -> None:
     account.limit(most, chosen)
     what = "no limit" if math.isinf(most) else f"limit epsilon {most:g} at delta {chosen:g}"
     _console().print(f"account {account.id[:_SHORT]}: {what}, for all studies of these patients together")
+
+
+def _require_run(run: Path) -> None:
+    if not is_done(run / "cohort"):
+        raise StoreError("this folder is no run: it has no finished cohort/; give the folder that `medsynth run` wrote")
 
 
 def plan(path: Path, overrides: dict[str, object], asked: Asked) -> None:

@@ -121,11 +121,15 @@ class Shares(Section):
     training: Positive = 1.0
 
 
+_LARGEST_EPSILON = 1000.0
+_SMALLEST_DELTA = 1e-30
+
+
 class Privacy(Section):
     """The promise: (epsilon, delta) for the unit patient under add-or-remove-one-patient."""
 
-    epsilon: Number = Field(8.0, description="above 0; `.inf` trains without privacy and can never be certified")
-    delta: Number = Field(1e-4, description="above 0, at most 1/(10 `declared_patients`)")
+    epsilon: Number = Field(8.0, description="up to 1000, or `.inf`: trains without privacy and can never be certified")
+    delta: Number = Field(1e-4, description="at least 1e-30, at most 1/(10 `declared_patients`)")
     declared_patients: Count = Field(description="public, declared size of the cohort; sets delta and denominators")
     trials: Count = Field(
         1, description="studies of a declared sweep: the noise lets so many fit into epsilon, and the claim charges all"
@@ -143,6 +147,15 @@ class Privacy(Section):
         if not self.epsilon > 0:
             raise ValueError(
                 f"epsilon must be above 0, got {self.epsilon:g}: 1 to 10 are usual, `.inf` is a study without privacy"
+            )
+        if _LARGEST_EPSILON < self.epsilon < math.inf:
+            raise ValueError(
+                f"epsilon {self.epsilon:g} promises nothing, and no noise can be planned for it: 1 to 10 are usual; "
+                "use .inf for a study without privacy"
+            )
+        if 0 < self.delta < _SMALLEST_DELTA:
+            raise ValueError(
+                f"delta {self.delta:g} is below {_SMALLEST_DELTA:g}, where no accountant is exact: 1/(10 N) is usual"
             )
         if not 0 < self.delta < 1:
             raise ValueError(

@@ -267,3 +267,9 @@ def test_an_access_without_privacy_is_shown_and_not_added(run: Path) -> None:
     )
     text = shown("show", run)
     assert "open: read patients without a mechanism" in text and "together: epsilon 0.000" in text
+
+
+def test_a_folder_that_is_no_run_is_called_that(tmp_path: Path) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(StoreError, match="is no run"):
+            budgeting.show(folder)

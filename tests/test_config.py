@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from medsynth import config
+from medsynth.config import Privacy
 from medsynth.errors import ConfigError
 
 
@@ -166,3 +167,10 @@ def test_a_promise_that_is_none_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config.parse({**tiny_settings, section: {**tiny_settings[section], name: value}})
+
+
+@pytest.mark.parametrize(("values", "message"), [({"epsilon": 1e6}, "use .inf"), ({"delta": 1e-300}, "delta 1e-300")])
+def test_a_promise_that_no_accountant_can_keep_is_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Privacy.model_validate({"declared_patients": 200, **values})
+    assert Privacy(epsilon=1000, delta=1e-30, declared_patients=200).private

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 
@@ -105,3 +106,10 @@ def test_trainable_parameters_and_epsilon_lead_to_each_other() -> None:
 def test_what_is_no_budget_has_no_mu(eps: float, delta: float) -> None:
     with pytest.raises(PrivacyError, match="a budget needs"):
         gaussian_mu(eps, delta)
+
+
+def test_a_large_epsilon_is_planned_in_seconds() -> None:
+    started = time.process_time()
+    plan = plan_budget(_privacy(200.0), TRAIN, Masks())
+    assert 0.99 * 200 <= plan.epsilon <= 200
+    assert time.process_time() - started < 10
