@@ -275,9 +275,7 @@ def test_an_account_of_another_key_stops_everything(site: Site) -> None:
         open_account(site.root, {CARL}, ledger=path, cohort=COHORT, key="k2")
 
 
-def test_a_crash_while_an_account_is_recovered_does_not_hide_that(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_an_account_is_recovered_does_not_hide_that(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     reserve(site.ledger("one", {ANNA}))
     shutil.rmtree(site.root)
 
