@@ -66,6 +66,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     reasons = gate.refusals(ancestry, ledger, config.privacy) + _other_sources(config, ancestry)
     if "audit" in inputs:  # always, but in tests of this stage alone
         reasons += audits.refusals(inputs["audit"], ancestry[ROOT].digest)
+        reasons += audits.unaudited(inputs["audit"]) if config.privacy.private else []
     if reasons and not config.export.uncertified:
         raise CertificationError(gate.explain(reasons))
     # a missing passphrase stops this now, not after everything is rendered

@@ -10,7 +10,7 @@ import pytest
 from medsynth import store
 from medsynth.errors import StoreError
 from medsynth.privacy.audit.finding import Control, Finding
-from medsynth.release.audits import FINDINGS, read_findings, refusals, summary
+from medsynth.release.audits import FINDINGS, read_findings, refusals, summary, unaudited
 
 
 def finding(**changes: object) -> Finding:
@@ -59,7 +59,9 @@ def test_green_audits_of_these_pairs_do_not_refuse_and_those_of_others_do(tmp_pa
 
 def test_no_certificate_without_an_audit_of_the_mechanisms(tmp_path: Path) -> None:
     only = finding(audit="copy detection", reads_patients=True)
-    assert "no audit of the mechanisms was run" in refusals(*audited(tmp_path, only))[0]
+    folder, _ = audited(tmp_path / "one", only)
+    assert "no audit of the mechanisms was run" in unaudited(folder)[0]
+    assert unaudited(audited(tmp_path / "two", only, finding())[0]) == []
 
 
 def test_an_audit_that_did_not_finish_or_cannot_be_read_is_no_pass(tmp_path: Path) -> None:
