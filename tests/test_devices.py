@@ -1,0 +1,57 @@
+"""Where a stage computes, and which process this is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medsynth.config import Compute
+from medsynth.devices import open_device, rank_and_size
+from medsynth.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "expected"),
+    [(None, None, (0, 1)), ("", "", (0, 1)), ("3", "1", (0, 1)), ("1", "2", (1, 2)), (None, "2", (0, 2))],
+)
+def test_one_process_is_the_only_one_unless_several_were_announced(
+    rank: str | None, size: str | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert rank_and_size() == expected
+
+
+def test_variables_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ConfigError, match="whole numbers"):
+        rank_and_size()
+
+
+def test_processes_that_share_a_machine_take_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    open_device(Compute(device="cpu"))
+    open_device(Compute(device="cpu", threads=3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    open_device(Compute(device="cpu"))
+    assert taken == [1, 3]
+
+
+@pytest.mark.parametrize(("rank", "code"), [("1", 0), ("0", 8)])
+def test_other_verbs_run_on_rank_0_alone(
+    rank: str, code: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    command = [sys.executable, "-m", "medsynth.cli", "verify", str(tmp_path / "absent")]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert bool(result.stdout + result.stderr) == (rank == "0")
