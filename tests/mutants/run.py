@@ -34,6 +34,7 @@ from table import MUTANTS, Mutant  # noqa: E402  # found by the line above
 LIMIT_S = 600.0  # of one child; a machine that does other work too may need minutes
 _OPTIONS = (
     "-q", "--tb=short", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:pytest_cov",
+    "-p", "no:unraisableexception",  # what the parent left half open is collected in the forked child
     "-W", "ignore::pytest.PytestAssertRewriteWarning",  # libraries with plugins are imported before pytest starts
 )  # fmt: skip
 
