@@ -27,7 +27,7 @@ from medsynth.stages.audit_results import Sides, allowed_area, audit_pairs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
-QUICK = {"repeats": 20_000, "canaries": 1000, "bootstrap": 100}
+QUICK = {"repeats": 50_000, "canaries": 1000, "bootstrap": 100}
 
 
 def two_sides(cohort: Path, held_out: int) -> None:
