@@ -98,6 +98,9 @@ class Ingest(Section):
         None, description="regular expression on file stems whose first group is the patient (linkage rule)"
     )
     min_foreground_voxels: Annotated[int, Field(ge=0)] = 1
+    max_voxels: Count = Field(
+        2**28, description="voxels times channels of an image or mask, by its header; more is refused before it is read"
+    )
     require_labels: bool = Field(True, description="false: cases without a mask come in too, unlabelled")
     mask_threshold: int = Field(128, description="image/mask folders with two labels: mask value from which it is 1")
 
@@ -252,6 +255,19 @@ class Synthesise(Section):
     steps: Count = 20
     guidance: Number = Field(1.0, ge=0, description="1: as conditioned; above: classifier-free guidance")
     batch_size: Count = 8
+    volume_scale: dict[str, Positive] = Field(
+        {}, description="label name to a factor on its volume in every pair; labels not named keep theirs"
+    )
+    volume_median: dict[str, Positive] = Field(
+        {}, description="label name to its median volume over the pairs, mm^3 (mm^2 in 2D, pixels without spacing)"
+    )
+
+    @model_validator(mode="after")
+    def _one_request_a_label(self) -> Self:
+        both = sorted(self.volume_scale.keys() & self.volume_median.keys())
+        if both:
+            raise ValueError(f"volume_scale and volume_median both name {', '.join(both)}: one request a label")
+        return self
 
 
 class Segment(Section):
@@ -363,6 +379,10 @@ class Study(Section):
             raise ValueError("masks.covariance full drowns in noise at a finite privacy.epsilon: use diagonal")
         if self.grid.slice_axis is not None and dims != 2:
             raise ValueError("grid.slice_axis is for spatial_dims 2")
+        names = {name for value, name in self.grid.labels.items() if value > 0}
+        unknown = sorted((self.synthesise.volume_scale.keys() | self.synthesise.volume_median.keys()) - names)
+        if unknown:
+            raise ValueError(f"synthesise asks for a volume of {', '.join(unknown)}, which grid.labels does not hold")
         return self
 
 

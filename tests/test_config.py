@@ -52,6 +52,14 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("ingest.patient_id_pattern", "no-group", "needs one group"),
         ("ingest.patient_id_pattern", "(", "no regular expression"),
         ("name", "Tiny Study", "name: "),
+        ("synthesise.volume_scale", {"organ": 0}, "synthesise.volume_scale.organ: Input should be greater than 0"),
+        ("synthesise.volume_scale", {"liver": 2}, "a volume of liver, which grid.labels does not hold"),
+        ("synthesise.volume_median", {"background": 2}, "a volume of background"),
+        (
+            "synthesise",
+            {"volume_scale": {"organ": 2}, "volume_median": {"organ": 2}},
+            "both name organ: one request a label",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_path(

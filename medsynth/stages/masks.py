@@ -6,10 +6,11 @@ map that is drawn afterwards is post-processing; no patient's own mask is kept.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medsynth import logs, store
-from medsynth.config import Grid, Masks, Study
+from medsynth.config import Grid, Masks, Study, Synthesise
+from medsynth.models.label_volumes import resize_labels, volume_factors
 from medsynth.models.mask_generator import (
     MaskStatistics,
     ShapeSpace,
@@ -43,6 +45,7 @@ _SPREAD_POSE_WEIGHT = 10.0
 _SPREAD_COUNT_WEIGHT = 1.0
 _LEAST_COUNT = 0.25  # a noisy count below this share of the denominator is taken as this share
 _PHANTOMS = 64
+_VOLUME_MAPS = 300  # tell how large a label is unasked, its median to a few per cent
 _CLIP_QUANTILE = 0.9
 _FULL_RANK = 150
 _POSE_VARIANCE = 0.02  # public: what is believed of a pose where noise leaves nothing to see
@@ -94,14 +97,33 @@ class MaskGenerator:
         self.grid = grid
         self.statistics = statistics
         self.space = ShapeSpace(grid, settings)
+        self.factors: Mapping[int, float] = {}
+        """Factor on the volume of each label that :meth:`ask` was told of, by label value."""
+
+    def ask(self, how: Synthesise, seeds: Sequence[int]) -> MaskGenerator:
+        """Return a generator of the label maps of this one, resized to the volumes that ``how`` asks for.
+
+        Args:
+            how: ``volume_scale`` and ``volume_median``.
+            seeds: of the label maps that will be drawn; the first few hundred tell how large they are unasked.
+
+        Raises:
+            ConfigError: the volumes cannot be reached on the grid.
+        """
+        asked = copy.copy(self)
+        if how.volume_scale or how.volume_median:
+            asked.factors = volume_factors([self.draw(seed) for seed in seeds[:_VOLUME_MAPS]], self.grid, how)
+        return asked
 
     def draw(self, seed: int) -> np.ndarray:
         """Return one label map (\\*spatial) uint8, a function of ``seed`` alone."""
         if self.statistics is None:
             from medsynth.imaging.phantom import sample_label_maps
 
-            return np.asarray(sample_label_maps(self.grid, 1, seed)[0])
-        return self.space.sample(self.statistics, np.random.default_rng(seed))
+            label = np.asarray(sample_label_maps(self.grid, 1, seed)[0])
+        else:
+            label = self.space.sample(self.statistics, np.random.default_rng(seed))
+        return resize_labels(label, self.factors, self.grid.spacing_mm) if self.factors else label
 
 
 def load_masks(folder: Path) -> MaskGenerator:

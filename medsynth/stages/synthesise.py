@@ -64,7 +64,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     with store.create(out, "synthesise", digest, parents, keep_partial=True) as folder:
         rows = plan(config)
         _open_plan(folder.path, rows, digest, parents)
-        source = load_masks(parents["masks"])
+        source = load_masks(parents["masks"]).ask(config.synthesise, [row.mask_seed for row in rows])
         built = load_generator(parents["generator"], parents["autoencoder"]).to(device)
         size = config.synthesise.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -75,7 +75,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
                 write_pair(folder.path, pair, config.grid)
         (folder.path / _STATE).unlink()
         tracker.metrics({"pairs": float(len(rows))})
-        return folder.finish(_sensitivity(parents), details={"pairs": len(rows)})
+        return folder.finish(_sensitivity(parents), details={"pairs": len(rows), **_asked(source)})
 
 
 def plan(config: Study) -> list[Row]:
@@ -164,6 +164,11 @@ def _open_plan(folder: Path, rows: Sequence[Row], digest: str, parents: Mapping[
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     state.write_text(identity, encoding="ascii")
+
+
+def _asked(source: MaskGenerator) -> dict[str, dict[str, float]]:
+    names = {source.grid.labels[value]: factor for value, factor in source.factors.items()}
+    return {"volume_factors": names} if names else {}
 
 
 def _written(folder: Path, row: Row) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from medsynth import config, store
-from medsynth.config import Study
-from medsynth.errors import BudgetError, PrivacyError, StoreError
-from medsynth.models.mask_generator import ShapeSpace
+from medsynth.config import Grid, Masks, Study, Synthesise
+from medsynth.errors import BudgetError, ConfigError, PrivacyError, StoreError
+from medsynth.models.mask_generator import MaskStatistics, ShapeSpace
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import GaussianSum, noise_grid
 from medsynth.stages import masks
@@ -20,6 +20,7 @@ from medsynth.tracking import Tracker
 
 MakeCohort = Callable[..., Path]
 Sums = dict[str, np.ndarray]
+Source = Literal["statistics", "public_shapes"]
 
 
 def inputs_of(root: Path) -> dict[str, Path]:
@@ -212,6 +213,50 @@ def test_a_spent_budget_is_refused_before_a_patient_is_read(
     with pytest.raises(PrivacyError):
         masks.run(tiny_study, inputs, tmp_path / "again", Tracker())
     assert not store.partial(tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("source", ["statistics", "public_shapes"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_volume_that_is_asked_for_is_the_median_and_every_map_is_drawn_as_unasked(rank: int, source: Source) -> None:
+    grid = Grid(
+        spatial_dims=2 if rank == 2 else 3,
+        shape=(32,) * rank,
+        spacing_mm=(2.0,) * rank,
+        labels={0: "none", 1: "head", 2: "tail"},
+    )
+    generator, seeds = masks.MaskGenerator(grid, *spread_statistics(grid, source)), range(60)
+    plain = [generator.draw(seed) for seed in seeds]
+    wanted = 1.5 * volume(plain, 1) * 2.0**rank
+    how = Synthesise(volume_median={"head": wanted}, volume_scale={"tail": 0.7})
+    asked = generator.ask(how, seeds)
+    maps = [asked.draw(seed) for seed in seeds]
+    assert volume(maps, 1) * 2.0**rank == pytest.approx(wanted, rel=0.05)
+    assert volume(maps, 2) == pytest.approx(0.7 * volume(plain, 2), rel=0.05)
+    assert np.array_equal(generator.draw(0), plain[0]), "the generator that was asked stays as it is"
+    assert generator.ask(Synthesise(), seeds).factors == {}
+    with pytest.raises(ConfigError, match="ask for less"):
+        generator.ask(Synthesise(volume_scale={"head": 1e4}), seeds)
+
+
+def volume(maps: list[np.ndarray], value: int) -> float:
+    return float(np.median([np.count_nonzero(label == value) for label in maps]))
+
+
+def spread_statistics(
+    grid: Grid, source: Literal["statistics", "public_shapes"]
+) -> tuple[Masks, MaskStatistics | None]:
+    """Return settings and statistics around one shape of two halves whose size varies."""
+    settings = Masks(source=source, coefficients=(8,) * grid.spatial_dims)
+    if source == "public_shapes":
+        return settings, None
+    space = ShapeSpace(grid, settings)
+    axes = np.meshgrid(*[(np.arange(n) + 0.5) / n * 2 - 1 for n in grid.shape], indexing="ij")
+    inside = sum((axis / radius) ** 2 for axis, radius in zip(axes, (0.5, 0.35, 0.4), strict=False)) <= 1
+    label = np.where(inside, 1 + (axes[0] > 0), 0).astype(np.uint8)
+    pose = space.pose_vector(label)
+    assert pose is not None
+    shape = space.shape_vector(label, space.pose(pose))
+    return settings, MaskStatistics(pose, np.eye(len(pose)) * 4e-3, shape, np.full(space.band_count, 1e-4))
 
 
 def test_it_needs_a_cohort(tiny_study: Study, tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_a_row_alone_is_the_row_among_others_bit_for_bit(
         assert np.array_equal(pair.label, found[pair.name].label)
 
 
+def test_volumes_that_are_asked_for_are_in_the_pairs_and_in_the_manifest(
+    study: Study, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    how = study.synthesise.model_copy(update={"volume_scale": {"organ": 0.6}})
+    plain = synthesise.run(study, inputs, tmp_path / "plain", Tracker())
+    asked = synthesise.run(study.model_copy(update={"synthesise": how}), inputs, tmp_path / "asked", Tracker())
+    assert "volume_factors" not in plain.details and asked.details["volume_factors"] == {"organ": 0.6}
+    pairs = zip(read_pairs(tmp_path / "plain"), read_pairs(tmp_path / "asked"), strict=True)
+    for before, after in pairs:
+        assert after.label.sum() == pytest.approx(0.6 * before.label.sum(), abs=1)
+
+
 def test_the_same_study_gives_the_same_files(study: Study, inputs: dict[str, Path], tmp_path: Path) -> None:
     one, two = (synthesise.run(study, inputs, tmp_path / name, Tracker()) for name in ("one", "two"))
     assert one.files == two.files

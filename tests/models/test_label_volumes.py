@@ -1,0 +1,130 @@
+"""Volumes on request: the label that was asked for has its volume, the others keep theirs, anatomy stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from medsynth.config import Grid, Synthesise
+from medsynth.errors import ConfigError
+from medsynth.imaging.phantom import sample_label_maps
+from medsynth.models.label_volumes import resize_labels, volume_factors
+
+
+def grid(rank: int, classes: int = 3, size: int = 40) -> Grid:
+    return Grid(
+        spatial_dims=2 if rank == 2 else 3,
+        shape=(size,) * rank,
+        spacing_mm=(1.0, 2.0, 1.5)[:rank],
+        labels={value: f"label {value}" for value in range(classes)},
+    )
+
+
+def mesh(rank: int) -> list[np.ndarray]:
+    return np.meshgrid(*[(np.arange(40) + 0.5) / 20 - 1] * rank, indexing="ij")
+
+
+def halves(rank: int) -> np.ndarray:
+    """Return an ellipsoid of two touching labels."""
+    axes = mesh(rank)
+    inside = sum((axis / radius) ** 2 for axis, radius in zip(axes, (0.5, 0.35, 0.4), strict=False)) <= 1
+    return np.where(inside, 1 + (axes[0] > 0.1), 0).astype(np.uint8)
+
+
+def nested(rank: int) -> np.ndarray:
+    """Return a ball (2) in the middle of a larger one (1)."""
+    radius = np.sqrt(sum(axis**2 for axis in mesh(rank)))
+    return np.select([radius < 0.25, radius < 0.55], [2, 1], 0).astype(np.uint8)
+
+
+def volumes(label: np.ndarray, classes: int = 3) -> np.ndarray:
+    return np.bincount(label.reshape(-1), minlength=classes).astype(float)
+
+
+@pytest.mark.parametrize("factors", [{1: 1.6}, {2: 0.5}, {1: 0.7, 2: 1.5}, {1: 1.3, 2: 1.3}])
+@pytest.mark.parametrize("shape", [halves, nested])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_each_label_gets_its_volume(rank: int, shape: object, factors: dict[int, float]) -> None:
+    label = shape(rank)  # type: ignore[operator]  # one of the two functions above
+    again = resize_labels(label, factors, grid(rank).spacing_mm)
+    assert again.shape == label.shape and again.dtype == np.uint8
+    wanted = volumes(label)[1:] * [factors.get(1, 1.0), factors.get(2, 1.0)]
+    np.testing.assert_allclose(volumes(again)[1:], wanted, rtol=0.03)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_labels_that_touch_go_on_touching_and_stay_whole(rank: int) -> None:
+    again = resize_labels(halves(rank), {1: 2.0})
+    assert all(ndimage.label(part)[1] == 1 for part in (again > 0, again == 1, again == 2))
+    assert np.any((again == 1) & ndimage.binary_dilation(again == 2))
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_an_enclosed_label_stays_enclosed(rank: int, factor: float) -> None:
+    again = resize_labels(nested(rank), {2: factor})
+    assert not np.any(ndimage.binary_dilation(again == 2) & (again == 0))
+    assert ndimage.label(again == 2)[1] == 1
+
+
+def test_nothing_asked_changes_nothing() -> None:
+    label = halves(3)
+    assert resize_labels(label, {}) is label
+    assert resize_labels(label, {1: 1.0, 7: 3.0}) is label, "7 is not in the map"
+    assert not resize_labels(label * 0, {1: 2.0}).any()
+
+
+def test_the_outline_stays_where_only_the_shares_change() -> None:
+    label = halves(3)
+    one, two = volumes(label)[1:]
+    again = resize_labels(label, {1: 0.8, 2: (two + 0.2 * one) / two})
+    np.testing.assert_array_equal(again > 0, label > 0)
+
+
+def test_a_lesion_that_the_border_cuts_stays_at_the_border() -> None:
+    axes = mesh(2)
+    label = ((axes[0] + 0.9) ** 2 + axes[1] ** 2 < 0.2).astype(np.uint8)
+    for factor in (0.5, 2.0):
+        again = resize_labels(label, {1: factor})
+        assert again[0].any() and not again[-1].any()
+        assert again.sum() == pytest.approx(factor * label.sum(), abs=1)
+
+
+def test_a_shape_near_the_border_moves_in_rather_than_being_cut() -> None:
+    axes = mesh(3)
+    label = (sum((axis - shift) ** 2 for axis, shift in zip(axes, (0.6, 0, 0), strict=True)) < 0.1).astype(np.uint8)
+    assert not label[-1].any()
+    again = resize_labels(label, {1: 3.0})
+    assert not any(np.take(again, end, axis).any() for axis in range(3) for end in (0, -1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 6), st.lists(st.floats(0.5, 2), min_size=5, max_size=5))
+def test_any_number_of_labels_of_any_phantom(seed: int, classes: int, asked: list[float]) -> None:
+    label = sample_label_maps(grid(2, classes, 64), 1, seed)[0]
+    factors = dict(zip(range(1, classes), asked, strict=False))
+    again = resize_labels(label, factors)
+    before, after = volumes(label, classes), volumes(again, classes)
+    wanted = np.where(before > 0, np.maximum(1, before * [1, *(factors[v] for v in range(1, classes))]), 0)[1:]
+    assert np.all(np.abs(after[1:] - wanted) <= 2 + 0.1 * wanted)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_median_is_turned_into_a_factor(rank: int) -> None:
+    layout = grid(rank)
+    maps = list(sample_label_maps(layout, 9, 3))
+    voxel = float(np.prod(layout.spacing_mm or 1))
+    median = float(np.median([volumes(label)[2] for label in maps])) * voxel
+    how = Synthesise(volume_median={"label 2": 1.4 * median}, volume_scale={"label 1": 0.8})
+    assert volume_factors(maps, layout, how) == pytest.approx({1: 0.8, 2: 1.4})
+    assert volume_factors(maps, layout, Synthesise()) == {}
+
+
+def test_a_volume_that_the_grid_cannot_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ask for less"):
+        volume_factors([halves(3)], grid(3), Synthesise(volume_scale={"label 1": 60.0}))
+    with pytest.raises(ConfigError, match="hardly ever draws"):
+        volume_factors([(halves(3) == 1).astype(np.uint8)], grid(3), Synthesise(volume_scale={"label 2": 2.0}))
