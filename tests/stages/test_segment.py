@@ -15,7 +15,7 @@ from medsynth.config import Study
 from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
 from medsynth.imaging.cohort import Pair, write_case, write_pair
 from medsynth.models import segmenter
-from medsynth.stages import segment
+from medsynth.stages import segment, segmenter_training
 from medsynth.tracking import Tracker
 
 
@@ -145,7 +145,7 @@ def test_augmentation_keeps_images_and_labels_together(rank: int) -> None:
     labels = torch.zeros(8, *[24] * rank, dtype=torch.uint8)
     labels[(slice(None), *[slice(8, 16)] * rank)] = 1
     images = 2 * labels[:, None].float() - 1
-    moved, maps = segment._augment(images, labels, torch.Generator().manual_seed(0))
+    moved, maps = segmenter_training._augment(images, labels, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape and maps.dtype == torch.uint8 and not torch.equal(maps, labels)
     inside, outside = moved[:, 0][maps == 1].mean(), moved[:, 0][maps == 0].mean()
     assert inside > 0.5 and outside < -0.5
@@ -159,7 +159,7 @@ def test_every_patient_is_as_likely_whatever_its_records() -> None:
         "ends": torch.tensor([9, 10]),
     }
     random = torch.Generator().manual_seed(0)
-    lonely = sum(float(segment._draw([pool], random)[0]) == 9 for _ in range(400))
+    lonely = sum(float(segmenter_training._draw([pool], random)[0]) == 9 for _ in range(400))
     assert 150 < lonely < 250
 
 
