@@ -6,6 +6,7 @@ Position (Patient) (0020,0032) along the normal of Image Orientation (Patient) (
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "
 ORIENTATION_TOLERANCE = 1e-4
 """Direction cosines are often written to 6 digits and rounded slice by slice."""
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
+_EXTENT = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")
 _HEADER_TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -38,7 +40,7 @@ _HEADER_TAGS = [
     "IssuerOfPatientID",
     "FrameOfReferenceUID",
     "ReferencedSeriesSequence",
-    "Rows",
+    *_EXTENT,
 ]
 _ISSUER_OF_PATIENT_ID = 0x00100021
 _SERIES_INSTANCE_UID = 0x0020000E
@@ -67,6 +69,7 @@ class Series:
         files: the instances.
         patient: Patient ID (0010,0020) with its issuer (0010,0021), "" where absent.
         frame_of_reference: Frame of Reference UID, "" where absent.
+        voxels: what the pixels unfold to by their headers, voxels times channels.
         referenced_series: Series Instance UIDs that a segmentation refers to.
         suspect: a broken file names this series, or this patient and no series: the series may be incomplete.
     """
@@ -76,6 +79,7 @@ class Series:
     patient: str
     is_segmentation: bool
     frame_of_reference: str
+    voxels: int
     referenced_series: tuple[str, ...] = ()
     suspect: bool = False
 
@@ -176,9 +180,17 @@ def _series(uid: str, members: Sequence[tuple[Path, pydicom.Dataset]], broken: I
         patient=patient,
         is_segmentation=header.get("SOPClassUID") in SEGMENTATION_CLASSES,
         frame_of_reference=str(header.get("FrameOfReferenceUID", "") or ""),
+        voxels=sum(_voxels(h) for _, h in members),
         referenced_series=tuple(str(item.get("SeriesInstanceUID", "")) for item in references),
         suspect=any(owner.owns(uid, patient) for owner in broken),
     )
+
+
+def _voxels(header: pydicom.Dataset) -> int:
+    try:
+        return math.prod(int(header.get(keyword) or 1) for keyword in _EXTENT)
+    except Exception:  # as above; what is no number now will be none for the reader, which refuses it
+        return 0
 
 
 def patient_of(header: pydicom.Dataset) -> str:
@@ -201,18 +213,6 @@ def image_of(segmentation: Series, images: Iterable[Series]) -> Series | None:
     frame = segmentation.frame_of_reference
     near = [s for s in images if frame and s.frame_of_reference == frame and s.patient == segmentation.patient]
     return near[0] if len(near) == 1 else None
-
-
-def read_series(files: Sequence[Path]) -> Volume:
-    """Build the volume of one series.
-
-    Args:
-        files: all instances of one series in any order, or one multi-frame object.
-
-    Raises:
-        CaseRefused: truncated, without geometry, incomplete or irregular.
-    """
-    return _volume(_read_datasets(files))
 
 
 def _read_datasets(files: Sequence[Path]) -> list[pydicom.Dataset]:
@@ -289,7 +289,7 @@ def _as_ras(volume: Any) -> Volume:
 
 
 class HighdicomReader(ImageReader):
-    """MONAI reader of one DICOM series, a folder of it or its list of files (for ``monai.transforms.LoadImage``)."""
+    """MONAI reader of one DICOM series, given as its list of files (for ``monai.transforms.LoadImage``)."""
 
     def verify_suffix(self, filename: Any) -> bool:
         """Whether the path(s) may be DICOM: instances often have no suffix, so everything may."""
@@ -299,15 +299,9 @@ class HighdicomReader(ImageReader):
         """Read the instances of a series.
 
         Args:
-            data: a folder that holds one series, or the paths of all of its instances.
+            data: the paths of all of its instances, in any order; or one path, of a multi-frame object.
         """
-        paths = [Path(p) for p in data] if isinstance(data, (list, tuple)) else [Path(data)]
-        if len(paths) == 1 and paths[0].is_dir():
-            images = find_series(paths[0]).images
-            if len(images) != 1:
-                raise CaseRefused("multiple_frames" if images else "unreadable_file")
-            paths = list(images[0].files)
-        return _read_datasets(paths)
+        return _read_datasets([Path(p) for p in data] if isinstance(data, (list, tuple)) else [Path(data)])
 
     def get_data(self, img: list[pydicom.Dataset]) -> tuple[np.ndarray, dict[str, Any]]:
         """Return the voxels (X, Y, Z[, 3]) and MONAI metadata with the RAS+ affine; no header value is passed on."""
@@ -336,7 +330,9 @@ def label_value(name: str, number: int, grid: Grid) -> int:
     raise CaseRefused("unknown_label")
 
 
-def read_segmentation(files: Sequence[Path], shape: Sequence[int], affine: np.ndarray, grid: Grid) -> np.ndarray:
+def read_segmentation(
+    files: Sequence[Path], shape: Sequence[int], affine: np.ndarray, grid: Grid, max_voxels: int
+) -> np.ndarray:
     """Bring segmentation objects onto an image's voxels, through world coordinates.
 
     Args:
@@ -344,16 +340,18 @@ def read_segmentation(files: Sequence[Path], shape: Sequence[int], affine: np.nd
         shape: (X, Y, Z) of the image.
         affine: 4 x 4 of the image, voxel to RAS+ mm.
         grid: names the labels.
+        max_voxels: largest volume of all segments together.
 
     Returns:
         Labels (X, Y, Z) uint8.
 
     Raises:
-        CaseRefused: unreadable, unknown label, overlap of different labels, or foreground outside of the image.
+        CaseRefused: unreadable, too large, unknown label, overlap of different labels, or foreground outside of the
+            image.
     """
     labels = np.zeros(tuple(shape), dtype=np.uint8)
     for dataset in _read_datasets(files):
-        for value, segment in _segments(dataset, grid):
+        for value, segment in _segments(dataset, grid, max_voxels):
             mask = _onto(segment, labels.shape, affine)
             if np.any(mask & (labels > 0) & (labels != value)):
                 raise CaseRefused("overlapping_labels")
@@ -361,11 +359,16 @@ def read_segmentation(files: Sequence[Path], shape: Sequence[int], affine: np.nd
     return labels
 
 
-def _segments(dataset: pydicom.Dataset, grid: Grid) -> list[tuple[int, Volume]]:
+def _segments(dataset: pydicom.Dataset, grid: Grid, max_voxels: int) -> list[tuple[int, Volume]]:
     try:
         source = hd.seg.Segmentation.from_dataset(dataset)
         numbers = [int(n) for n in source.segment_numbers]
+        # Empty frames may be left out: two far from each other span a volume that the header does not show.
+        if (space := source.get_volume_geometry()) and math.prod(space.spatial_shape) * len(numbers) > max_voxels:
+            raise CaseRefused("too_large")
         volume = source.get_volume(combine_segments=False, segment_numbers=numbers, rescale_fractional=False)
+    except CaseRefused:
+        raise
     except Exception as error:  # highdicom's refusals share no class
         raise CaseRefused("unreadable_file") from error
     found = []

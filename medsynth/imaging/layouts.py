@@ -142,7 +142,11 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
             refused[image.uid] = "patient_mismatch"
         elif segmentation.suspect:
             refused.setdefault(image.uid, "truncated_dicom")
+        elif segmentation.voxels > settings.max_voxels:
+            refused.setdefault(image.uid, "too_large")
     for series in findings.images:
+        if series.voxels > settings.max_voxels:
+            refused.setdefault(series.uid, "too_large")
         reason = "truncated_dicom" if series.suspect else refused.get(series.uid)
         yield Case("dicom", series.patient, series.files, tuple(labels[series.uid]), refused=reason)
     for path in findings.unreadable:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data.image_reader import ImageReader, NibabelReader, PILReader
 from monai.transforms.io.array import LoadImage
+from PIL import Image
 
 from medsynth.config import Grid, Ingest
 from medsynth.imaging.dicom import HighdicomReader, label_value, read_segmentation
@@ -70,7 +73,7 @@ def load_case(case: Case, grid: Grid, settings: Ingest) -> Loaded:
         raise CaseRefused("no_patient_id")
     if settings.require_labels and not case.labels:
         raise CaseRefused("no_label")
-    image, affine = _image(case, grid)
+    image, affine = _image(case, grid, settings.max_voxels)
     if not bool(torch.isfinite(image).all()):
         raise CaseRefused("non_finite")
     if float(image.min()) == float(image.max()):
@@ -79,14 +82,14 @@ def load_case(case: Case, grid: Grid, settings: Ingest) -> Loaded:
     return Loaded(image, label, affine, labelled=bool(case.labels))
 
 
-def _image(case: Case, grid: Grid) -> tuple[torch.Tensor, np.ndarray | None]:
+def _image(case: Case, grid: Grid, max_voxels: int) -> tuple[torch.Tensor, np.ndarray | None]:
     if case.source == "dicom":
         array, affine = _read([str(p) for p in case.images], HighdicomReader())
     elif case.source == "nifti":
-        array, affine = _nifti(case.images[0])
+        array, affine = _nifti(case.images[0], max_voxels)
     else:
         mode = "RGB" if grid.channels == 3 else "L"
-        array, affine = _read(str(case.images[0]), PILReader(converter=lambda image: image.convert(mode)))[0], None
+        array, affine = _raster(case.images[0], lambda image: image.convert(mode), max_voxels), None
     axes = 2 if case.source == "raster" else 3
     if array.ndim == axes + 1:
         return _channel_first(array), affine
@@ -119,7 +122,32 @@ def _read(path: Any, reader: ImageReader) -> tuple[torch.Tensor, np.ndarray]:
     return loaded.as_tensor().float(), np.asarray(loaded.affine, dtype=np.float64)
 
 
-def _nifti(path: Path) -> tuple[torch.Tensor, np.ndarray]:
+def _refuse_too_large(announced: Callable[[], int], max_voxels: int) -> None:
+    """Refuse a file by its header, before its voxels are unfolded."""
+    try:
+        voxels = announced()
+    except Image.DecompressionBombError:
+        raise CaseRefused("too_large") from None
+    except Exception as error:  # as in _read
+        raise CaseRefused("unreadable_file") from error
+    if voxels > max_voxels:
+        raise CaseRefused("too_large")
+
+
+def _raster(path: Path, converter: Callable[[Any], Any], max_voxels: int) -> torch.Tensor:
+    def announced() -> int:
+        with Image.open(path) as image:
+            return math.prod(image.size) * len(image.getbands())
+
+    _refuse_too_large(announced, max_voxels)
+    return _read(str(path), PILReader(converter=converter))[0]
+
+
+def _nifti(path: Path, max_voxels: int) -> tuple[torch.Tensor, np.ndarray]:
+    def announced() -> int:
+        return math.prod(cast(nib.spatialimages.SpatialImage, nib.load(path)).shape)
+
+    _refuse_too_large(announced, max_voxels)
     array, affine = _read(str(path), NibabelReader())
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise CaseRefused("no_geometry")
@@ -132,16 +160,16 @@ def _label(case: Case, image: torch.Tensor, affine: np.ndarray | None, grid: Gri
         return torch.zeros(shape, dtype=torch.uint8)
     if case.source == "dicom":
         assert affine is not None  # a series without geometry was refused by its reader
-        return torch.from_numpy(read_segmentation(case.labels, shape, affine, grid))
+        return torch.from_numpy(read_segmentation(case.labels, shape, affine, grid, settings.max_voxels))
     path = case.labels[0]
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        values, placed = _nifti(path)
+        values, placed = _nifti(path, settings.max_voxels)
         if tuple(values.shape) != shape:
             raise CaseRefused("shape_mismatch")
         if affine is not None and _farthest_mm(affine, placed, shape) > AFFINE_TOLERANCE_MM:
             raise CaseRefused("geometry_mismatch")
         return _renamed(values, case, grid)
-    values = _read(str(path), PILReader(converter=_grey))[0]
+    values = _raster(path, _grey, settings.max_voxels)
     if tuple(values.shape) != shape:
         raise CaseRefused("shape_mismatch")
     return _thresholded(values, path, grid, settings.mask_threshold)

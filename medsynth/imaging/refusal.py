@@ -7,6 +7,7 @@ from medsynth.errors import InputError
 REASONS: dict[str, str] = {
     "unreadable_file": "the file cannot be read: copy it again from the source",
     "truncated_dicom": "a DICOM file of this series is cut short or unreadable: send the series again",
+    "too_large": "image or mask has more voxels than ingest.max_voxels: crop it, or raise the limit if memory allows",
     "missing_slice": "the slices of this series leave a gap: send the series again, complete",
     "multiple_frames": "several images at one position (time points, echoes): export one image a series",
     "irregular_geometry": "the slices differ in orientation, spacing or distance: send a regular volume",

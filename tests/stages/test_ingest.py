@@ -17,16 +17,21 @@ from pydicom.uid import generate_uid
 from medsynth import config, store
 from medsynth.config import Study
 from medsynth.errors import InputError, StoreError
+from medsynth.imaging import dicom, loading
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
 from medsynth.imaging.deidentify import explain
-from medsynth.imaging.dicom import find_series, read_segmentation, read_series
+from medsynth.imaging.dicom import HighdicomReader, find_series, read_segmentation
 from medsynth.imaging.dicom_writer import SeriesMeta, write_segmentation, write_series
+from medsynth.imaging.layouts import discover
+from medsynth.imaging.loading import load_case
+from medsynth.imaging.refusal import CaseRefused
 from medsynth.stages import ingest
 from medsynth.tracking import NullTracker
 
 POLYP = {0: "background", 1: "polyp"}
 LABELS = {0: "background", 1: "organ", 2: "lesion"}
 SHAPE = (10, 12, 8)
+SIZE = 10 * 12 * 8
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, -7], [0, 0, 2, 11], [0, 0, 0, 1]])
 
 
@@ -99,6 +104,13 @@ def series_by_patient(folder: Path) -> dict[str, bool]:
     return {series.patient: series.suspect for series in find_series(folder).images}
 
 
+def read_series(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Return voxels and affine of a series."""
+    reader = HighdicomReader()
+    array, meta = reader.get_data(reader.read(files))
+    return array, meta["affine"]
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as handle:
         return list(csv.DictReader(handle))
@@ -123,15 +135,14 @@ def test_geometry_comes_from_positions_whatever_the_instance_numbers_say(tmp_pat
         dataset = pydicom.dcmread(path)
         dataset.InstanceNumber = int(number) % 3
         dataset.save_as(path)
-    volume = read_series(sorted(folder.iterdir(), reverse=True))
-    assert in_world(volume.array, volume.affine) == in_world(picture(0)[0], AFFINE)
+    assert in_world(*read_series(sorted(folder.iterdir(), reverse=True))) == in_world(picture(0)[0], AFFINE)
 
 
 def test_segments_land_on_the_image_voxels(tmp_path: Path) -> None:
     folder = put_dicom(tmp_path, "A", 0)
-    volume = read_series(list(folder.iterdir()))
-    label = read_segmentation([tmp_path / "A/seg/seg.dcm"], volume.array.shape, volume.affine, study().grid)
-    assert in_world(label, volume.affine) == in_world(picture(0)[1], AFFINE)
+    image, affine = read_series(list(folder.iterdir()))
+    label = read_segmentation([tmp_path / "A/seg/seg.dcm"], image.shape, affine, study().grid, image.size * 2)
+    assert in_world(label, affine) == in_world(picture(0)[1], AFFINE)
 
 
 def test_dicom_and_nifti_of_the_same_scan_give_the_same_patient_voxels(tmp_path: Path) -> None:
@@ -283,6 +294,48 @@ def test_broken_nifti_is_quarantined_with_its_reason(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", {**good(6), **{f"z_{reason}": arrays for reason, arrays in bad.items()}})
     (tmp_path / "in/imagesTr/z_unreadable_file.nii.gz").write_bytes(b"no gzip")
     assert ingested(study(), tmp_path / "in", tmp_path / "out") == sorted(bad)
+
+
+def test_what_is_too_large_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_dicom(tmp_path / "volumes/dicom", "D", 0)
+    put_msd(tmp_path / "volumes/nifti", {"N": picture(1)})
+    for folder in ("images", "masks"):
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        Image.new("L", (40, 30)).save(tmp_path / "pictures" / folder / "R.png")
+    settings = study({"max_voxels": SIZE - 1})
+    cases = [case for name in ("volumes", "pictures") for case in discover(tmp_path / name, settings.ingest)]
+    assert [case.source for case in cases] == ["dicom", "nifti", "raster"]
+    monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("a file that is too large was read"))
+    monkeypatch.setattr(dicom, "_read_datasets", lambda *_: pytest.fail("a series that is too large was read"))
+    for case in cases:
+        with pytest.raises(CaseRefused) as refused:
+            load_case(case, settings.grid, settings.ingest)
+        assert refused.value.reason == "too_large"
+
+
+def test_a_volume_at_the_limit_comes_in_and_one_above_is_quarantined(tmp_path: Path) -> None:
+    wider = picture(30, (10, 12, 9))
+    mask = np.zeros((99, 99, 99), np.uint8)
+    put_msd(tmp_path / "n", {**good(6), "wider": wider, "mask": (picture(31)[0], mask)})
+    nib.save(nib.Nifti2Image(picture(0)[0], AFFINE), tmp_path / "n/imagesTr/case_000.nii.gz")
+    assert ingested(study({"max_voxels": SIZE}), tmp_path / "n", tmp_path / "out-n") == ["too_large"] * 2
+    for index in range(6):
+        put_dicom(tmp_path / "d", f"P{index}", index)
+    meta = SeriesMeta(modality="MR", patient_id="W", patient_name="A^B", synthetic=False)
+    write_series(tmp_path / "d/wider", wider[0], AFFINE, meta)
+    assert ingested(study({"max_voxels": SIZE}), tmp_path / "d", tmp_path / "out-d") == ["too_large"]
+
+
+def test_a_segmentation_of_frames_that_lie_far_apart_is_too_large(tmp_path: Path) -> None:
+    for index in range(6):
+        put_dicom(tmp_path / "d", f"P{index}", index)
+    put_dicom(tmp_path / "d", "far", 30)
+    path = tmp_path / "d/far/seg/seg.dcm"
+    dataset = pydicom.dcmread(path)
+    place = dataset.PerFrameFunctionalGroupsSequence[-1].PlanePositionSequence[0]
+    place.ImagePositionPatient[2] += 2000.0
+    dataset.save_as(path)
+    assert ingested(study({"max_voxels": 2 * SIZE}), tmp_path / "d", tmp_path / "out") == ["too_large"]
 
 
 @pytest.mark.parametrize("layout", ["empty", "nothing known", "all broken"])
@@ -440,8 +493,8 @@ def test_pairs_survive_the_disk_within_one_grey_level(tmp_path: Path, dims: int,
 def test_real_series_come_in_where_their_headers_put_them(real_data: Path, tmp_path: Path) -> None:
     for folder in sorted((real_data / "dicom").glob("*/*")):
         files = sorted(folder.glob("*.dcm"))
-        volume = read_series(files)
-        inverse = np.linalg.inv(volume.affine)
+        array, affine = read_series(files)
+        inverse = np.linalg.inv(affine)
         for path in files:
             dataset = pydicom.dcmread(path)
             position, axes = (
@@ -454,7 +507,7 @@ def test_real_series_come_in_where_their_headers_put_them(real_data: Path, tmp_p
             assert (x, y) == pytest.approx((7, 5), abs=0.05) and abs(z - round(z)) < 0.05
             slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
             plane = dataset.pixel_array.T * slope + intercept
-            assert np.allclose(volume.array[..., round(z)], plane, rtol=1e-5, atol=1e-3)
+            assert np.allclose(array[..., round(z)], plane, rtol=1e-5, atol=1e-3)
     settings = study({"require_labels": False}, shape=[40, 56, 40], spacing_mm=[1, 1, 1])
     chosen = next(seed for seed in range(50) if _splits(settings, seed) == {"train", "test"})
     settings = settings.model_copy(update={"seed": chosen})
