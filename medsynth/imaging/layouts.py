@@ -142,8 +142,6 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
             refused[image.uid] = "patient_mismatch"
         elif segmentation.suspect:
             refused.setdefault(image.uid, "truncated_dicom")
-        elif segmentation.voxels > settings.max_voxels:
-            refused.setdefault(image.uid, "too_large")
     for series in findings.images:
         if series.voxels > settings.max_voxels:
             refused.setdefault(series.uid, "too_large")
