@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,15 @@ def discrepancy(real: Tensor, others: Tensor, seed: int) -> float:
         others: the same of the crowd to compare; the larger crowd is thinned to the size of the smaller.
         seed: of the random features and the thinning.
     """
-    count = min(len(real), len(others))
+    return crowd_discrepancy(features(real), features(others), seed)
+
+
+def crowd_discrepancy(known: Tensor, query: Tensor, seed: int) -> float:
+    """Return :func:`discrepancy` in features of one's own choice: ``(image, feature)`` of both crowds."""
+    count = min(len(known), len(query))
     if count < 2:
         return float("nan")
     random = torch.Generator().manual_seed(seed)
-    known, query = features(real), features(others)
     centre, spread = known.mean(dim=0), known.std(dim=0).clamp_min(1e-3)
     width = math.sqrt(known.shape[1])
     frequencies = torch.randn(known.shape[1], _FOURIER, generator=random) / width
@@ -60,6 +65,39 @@ def discrepancy(real: Tensor, others: Tensor, seed: int) -> float:
     first = known[torch.randperm(len(known), generator=random)[:count]]
     second = query[torch.randperm(len(query), generator=random)[:count]]
     return float(MMDMetric(y_mapping=embed)(first, second))
+
+
+def frechet_distance(known: Tensor, query: Tensor, count: int, seed: int) -> float:
+    """Return the squared Fréchet distance between Gaussians fitted to two crowds (Heusel et al. 2017, equation 6).
+
+    Features count in units of the known crowd's spread. Small crowds make it larger, so both are thinned to the same
+    number, and a value means something only beside that of another crowd thinned alike.
+
+    Args:
+        known: ``(image, feature)`` of the real crowd.
+        query: the same of the crowd to compare.
+        count: images of each that are taken, at most; at least 2 must be there.
+        seed: of the thinning.
+    """
+    count = min(count, len(known), len(query))
+    if count < 2:
+        return float("nan")
+    random = torch.Generator().manual_seed(seed)
+    spread = known.std(dim=0).clamp_min(1e-6)
+    first, second = (
+        (crowd[torch.randperm(len(crowd), generator=random)[:count]] / spread).double() for crowd in (known, query)
+    )
+    # MONAI's takes a general matrix root, which is complex for singular covariances (more features than images).
+    root = _root(first.T.cov())
+    shared = torch.linalg.eigvalsh(root @ second.T.cov() @ root).clamp_min(0).sqrt().sum()
+    apart = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
+    return float(apart + first.T.cov().trace() + second.T.cov().trace() - 2 * shared)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return the square root of a symmetric positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def similarity_within(images: Tensor, pairs: int, seed: int) -> float:
@@ -81,10 +119,21 @@ def similarity_within(images: Tensor, pairs: int, seed: int) -> float:
     return float(torch.as_tensor(torch.cat([torch.as_tensor(v).reshape(-1) for v in values])).mean())
 
 
-def _ssim(rank: int, smallest: int) -> MultiScaleSSIMMetric | SSIMMetric:
+def similarity_name(shape: Sequence[int]) -> str:
+    """Return what :func:`similarity_within` measures on images of a shape: small ones have no room for scales."""
+    scales = _scales(min(shape))
+    return f"MS-SSIM with {scales} scales" if scales > 1 else "SSIM"
+
+
+def _scales(smallest: int) -> int:
     # MONAI asks for smallest // (scales - 1)^2 >= kernel size.
     scales = max((n for n in range(2, 6) if smallest // (n - 1) ** 2 >= _KERNEL), default=1)
-    if scales == 1 or smallest < 2 * _KERNEL:
+    return scales if smallest >= 2 * _KERNEL else 1
+
+
+def _ssim(rank: int, smallest: int) -> MultiScaleSSIMMetric | SSIMMetric:
+    scales = _scales(smallest)
+    if scales == 1:
         return SSIMMetric(spatial_dims=rank, win_size=min(_KERNEL, smallest), kernel_sigma=1.0)
     weights = np.asarray(_WEIGHTS[:scales]) / sum(_WEIGHTS[:scales])
     return MultiScaleSSIMMetric(

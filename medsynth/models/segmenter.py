@@ -78,3 +78,29 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
         logits = model(images[start : start + batch_size].to(device))
         parts.append(logits.argmax(dim=1).to(torch.uint8).cpu())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def bottleneck_features(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
+    """Return what the deepest level of the network makes of images, averaged over space: our own image features.
+
+    Args:
+        model: from :func:`build_segmenter`.
+        images: ``(record, channel, *spatial)`` in [-1, 1], the whole grid.
+        batch_size: records at a time.
+
+    Returns:
+        ``(record, feature)`` on the CPU; as many features as the deepest level has channels.
+    """
+    device, parts = next(model.parameters()).device, []
+    block: nn.Module = model.get_submodule("model")
+    while isinstance(block, nn.Sequential):  # MONAI nests the levels: down, skip connection around the next, up
+        block = block[1].get_submodule("submodule")
+    hook = block.register_forward_hook(lambda _module, _inputs, output: parts.append(output.flatten(2).mean(2).cpu()))
+    model.eval()
+    try:
+        for start in range(0, len(images), batch_size):
+            model(images[start : start + batch_size].to(device))
+    finally:
+        hook.remove()
+    return torch.cat(parts)

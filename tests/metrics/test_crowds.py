@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from torch import Tensor
 
 from medsynth.metrics import agreement, fidelity, memorisation
@@ -60,3 +61,30 @@ def test_a_collapsed_generator_has_similar_images(rank: int, size: int) -> None:
 def test_one_image_alone_has_no_crowd() -> None:
     image = torch.zeros(1, 1, 16, 16)
     assert np.isnan(fidelity.similarity_within(image, 4, 0)) and np.isnan(fidelity.discrepancy(image, image, 0))
+
+
+def test_the_frechet_distance_is_the_textbook_s_and_sees_a_shift() -> None:
+    random = torch.Generator().manual_seed(8)
+    known, same = torch.randn(200, 4, generator=random), torch.randn(200, 4, generator=random)
+    near = fidelity.frechet_distance(known, same, 200, 0)
+    one, two = ((crowd / known.std(dim=0)).double().numpy() for crowd in (known, same))
+    first, second = np.cov(one.T), np.cov(two.T)
+    shared = np.trace(sqrtm(first @ second)).real
+    apart = np.square(one.mean(0) - two.mean(0)).sum()
+    assert near == pytest.approx(apart + np.trace(first) + np.trace(second) - 2 * shared, rel=1e-6)
+    assert fidelity.frechet_distance(known, same + 1, 200, 0) > 10 * near
+    assert fidelity.frechet_distance(known, known, 200, 0) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_crowd_smaller_than_its_features_has_a_distance_and_one_image_has_none() -> None:
+    random = torch.Generator().manual_seed(9)
+    known, query = (torch.randn(6, 20, generator=random) for _ in range(2))
+    assert np.isfinite(fidelity.frechet_distance(known, query, 6, 0))
+    assert np.isnan(fidelity.frechet_distance(known, query[:1], 6, 0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [((8, 8), "SSIM"), ((24, 32, 24), "MS-SSIM with 3 scales"), ((48, 64, 48), "MS-SSIM with 4")]
+)
+def test_the_similarity_says_what_it_is(shape: tuple[int, ...], name: str) -> None:
+    assert fidelity.similarity_name(shape).startswith(name)
