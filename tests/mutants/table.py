@@ -499,6 +499,23 @@ def a_red_audit_stops_nothing(original: Any) -> Any:
     return lambda findings: []
 
 
+@takes_out(
+    "release.audits.unaudited", 13, "release/test_audits.py::test_no_certificate_without_an_audit_of_the_mechanisms"
+)
+def a_study_without_audits_is_certified(original: Any) -> Any:
+    return lambda folder: []
+
+
+@takes_out(
+    "metrics.membership.area_surely",
+    13,
+    "stages/test_audit_stage.py::test_a_study_that_gives_every_patient_away_is_stopped",
+    "stages/test_audit_stage.py::test_pairs_that_copy_their_patients_are_red_and_fresh_pairs_are_not",
+)
+def no_attack_on_membership_is_ever_sure(original: Any) -> Any:
+    return lambda *_: 0.0
+
+
 # ---------------------------------------------------------------------------- 14: restarts, sweeps, choices are charged
 
 
@@ -734,6 +751,26 @@ def verify_does_not_compute_epsilon(original: Any) -> Any:
 
 @takes_out("release.checks.membership", 18, f"{SIGNED_ANEW}[membership]")
 def verify_does_not_compute_the_bounds_on_attacks(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.checks.accountants", 18, f"{SIGNED_ANEW}[accountant_low]", f"{SIGNED_ANEW}[accountant_high]")
+def verify_takes_the_other_accountants_at_their_word(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.checks.account", 18, f"{SIGNED_ANEW}[account_lowered]", f"{SIGNED_ANEW}[account_words]")
+def verify_does_not_compute_what_all_studies_cost(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.checks.limits", 18, f"{SIGNED_ANEW}[not_covered_shortened]", f"{SIGNED_ANEW}[not_covered_more]")
+def verify_does_not_ask_for_what_is_not_covered(original: Any) -> Any:
+    return lambda *_: []
+
+
+@takes_out("release.contents.contents", 18, f"{SIGNED_ANEW}[part]", f"{SIGNED_ANEW}[second_promise]")
+def verify_takes_parts_that_nothing_checks(original: Any) -> Any:
     return lambda *_: []
 
 
