@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,50 +125,35 @@ def _state(
     key: signing.SigningKey,
 ) -> dict[str, Any]:
     """Return the statement, with every earlier release in it; the same statement made again is none."""
-    last = ledger.account.last_release(ledger.entries()) if ledger.account is not None else ""
-    stated = _state_without(last, config, inputs, out, count, ancestry, ledger, key)
-    if last in ("", store.digest_of(stated)):
-        return stated
-    return _state_without("", config, inputs, out, count, ancestry, ledger, key)
-
-
-def _state_without(
-    last: str,
-    config: Study,
-    inputs: Mapping[str, Path],
-    out: Path,
-    count: int,
-    ancestry: Ancestry,
-    ledger: Ledger,
-    key: signing.SigningKey,
-) -> dict[str, Any]:
-    entries = ledger.entries()
+    entries, body = ledger.entries(), out / PAYLOAD
     events = spending.events(entries)
-    accountants = agreeing_accountants(events, config.privacy.delta)
-    claim = statement.claim_of(events, config)
-    body = out / PAYLOAD
     nodes = [node.as_json() for node in ancestry.nodes]
-    others = ledger.account.others(entries, last) if ledger.account is not None else None
-    account = spending.account(others, entries, claim.delta)
-    audited = audits.summary(audits.read_findings(inputs["audit"])) if "audit" in inputs else []
-    said = statement.predicate(
-        claim,
-        accountants=accountants,
+    predicate = functools.partial(
+        statement.predicate,
+        statement.claim_of(events, config),
+        accountants=agreeing_accountants(events, config.privacy.delta),
         mechanisms=[spending.mechanism(entry) for entry in entries],
         ledger={"head": ledger.head, "entries": len(entries)},
-        account=account,
         ancestry=nodes,
         public=statement.public_inputs(config),
-        audited=audited,
+        audited=audits.summary(audits.read_findings(inputs["audit"])) if "audit" in inputs else [],
         facts=manifests.build_facts(count, config_digest(config, "certify"), config_digest(config, "export")),
         dataset=statement.dataset_facts(config),
     )
-    _write_words(body, said, signing.key_id(signing.public_pem(key)))
     shutil.copyfile(inputs["ledger"], body / LEDGER)
     payload.write_json(body / ANCESTRY, nodes)
     if endorsed := keys.read_endorsements(inputs["keys"]):
         (body / ENDORSEMENTS).write_bytes(endorsed)
-    return statement.build(store.digest_tree(body), said)
+
+    def state_without(last: str) -> dict[str, Any]:
+        others = ledger.account.others(entries, last) if ledger.account is not None else None
+        said = predicate(account=spending.account(others, entries, config.privacy.delta))
+        _write_words(body, said, signing.key_id(signing.public_pem(key)))
+        return statement.build(store.digest_tree(body), said)
+
+    last = ledger.account.last_release(entries) if ledger.account is not None else ""
+    stated = state_without(last)
+    return stated if last in ("", store.digest_of(stated)) else state_without("")
 
 
 def _tell(tracker: Tracker, signed: Mapping[str, Any], count: int) -> None:
