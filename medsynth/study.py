@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -46,6 +48,8 @@ STAGES = (
 )
 STUDY = "study.yaml"
 """The study that a run was last started with, all defaults filled in; internal."""
+RESOURCES = "resources.json"
+"""Seconds of each stage, and the most memory that the process had taken by its end; internal."""
 BY_VERB = {stage.verb: stage for stage in STAGES}
 CHARGING = ("masks", "train", "certify")
 """Stages that reserve in the account of the cohort, or state what it holds."""
@@ -182,6 +186,7 @@ def run_stage(
         manifest = module.run(study, inputs, out, nested)
         elapsed_s = time.monotonic() - started
         nested.metrics({"elapsed_s": elapsed_s})
+        _keep_resources(run, stage.verb, elapsed_s)
         for name, parent in manifest.parents.items():
             nested.dataset(name, parent, "input")
         nested.params({"output": stage.folder, "digest": manifest.digest, "sensitivity": manifest.sensitivity})
@@ -231,6 +236,21 @@ def _keep_study(study: Study, run: Path) -> None:
     scratch = run / f".{STUDY}.partial"
     scratch.write_text(configuration.dump(study), encoding="utf-8")
     scratch.replace(run / STUDY)
+
+
+def _keep_resources(run: Path, verb: str, elapsed_s: float) -> None:
+    path = run / RESOURCES
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kept[verb] = {
+        "elapsed_s": round(elapsed_s, 1),
+        "peak_memory_gib": round(peak_kib / 2**20, 2),
+        "machine_memory_gib": round(machine / 2**30, 2),
+    }
+    scratch = run / f".{RESOURCES}.partial"
+    scratch.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
 
 
 def _meet_ranks() -> None:

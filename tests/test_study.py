@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,15 @@ def test_every_stage_runs_once_and_in_an_order_that_has_its_inputs(
         assert set(stage.reads) <= {earlier.folder for earlier in study.STAGES[:number]}
     study.run_study(tiny_study, None, tmp_path / "run")
     assert ran == VERBS, "finished stages are skipped"
+
+
+def test_time_and_memory_of_every_stage_are_kept(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
+    study.run_verb(tiny_study, "ingest", tmp_path / "source", tmp_path / "run")
+    study.run_study(tiny_study, tmp_path / "source", tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / study.RESOURCES).read_text())
+    assert list(kept) == VERBS, "a stage that is skipped keeps what it took"
+    for stage in kept.values():
+        assert stage["elapsed_s"] >= 0 and 0 < stage["peak_memory_gib"] < stage["machine_memory_gib"]
 
 
 def test_every_stage_is_known_to_the_config_digest() -> None:

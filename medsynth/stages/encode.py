@@ -42,6 +42,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     del inputs
     device = open_device(config.compute)
     encode, grid = config.encode, config.grid
+    losses: list[float] = []
     with store.create(out, "encode", config_digest(config, "encode")) as folder:
         images, _ = phantom_pairs(grid, encode.phantoms.count + _HELD_OUT, derive_seed(encode.phantoms.seed, "encode"))
         phantoms = torch.from_numpy(images).to(device)
@@ -49,12 +50,12 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         torch.manual_seed(derive_seed(config.seed, "encode", "weights"))
         codec = build_codec(grid, encode).to(device)
         if encode.codec == "kl":
-            _train(codec, train, grid, encode, config.seed, tracker)
+            losses = _train(codec, train, grid, encode, config.seed, tracker)
         codec.eval().requires_grad_(False)
         codec.calibrate(train)
         quality = reconstruction(codec, held_out)
         save_codec(codec.cpu(), grid, encode, folder.path)
-        text = json.dumps({"phantoms": quality}, indent=1) + "\n"
+        text = json.dumps({"phantoms": quality, "loss": losses}, indent=1) + "\n"
         (folder.path / "reconstruction.json").write_text(text, encoding="utf-8")
         tracker.metrics({f"phantom_{name}": value for name, value in quality.items()})
         logs.say("codec ready", codec=encode.codec, latent_channels=codec.channels, **quality)
@@ -75,13 +76,15 @@ def reconstruction(codec: Codec, images: Tensor) -> dict[str, float]:
     return {"mae": float(error.abs().mean()), "psnr_db": 10 * math.log10(4 / mean_square)}
 
 
-def _train(codec: Codec, phantoms: Tensor, grid: Grid, encode: Encode, seed: int, tracker: Tracker) -> None:
+def _train(codec: Codec, phantoms: Tensor, grid: Grid, encode: Encode, seed: int, tracker: Tracker) -> list[float]:
+    """Train the codec in place and return its loss, one value every :data:`_LOG_EVERY` steps."""
     import torch
 
     generator = torch.Generator().manual_seed(derive_seed(seed, "encode", "batches"))
     optimizer = torch.optim.AdamW(codec.transform.parameters(), lr=encode.learning_rate)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, encode.learning_rate, total_steps=encode.steps)
     codec.train()
+    losses: list[float] = []
     for step in logs.progress(range(encode.steps), "training the autoencoder on phantoms", encode.steps):
         rows = torch.randint(0, len(phantoms), (encode.batch_size,), generator=generator)
         loss = _loss(codec, phantoms[rows.to(phantoms.device)], encode.kl_weight)
@@ -91,7 +94,9 @@ def _train(codec: Codec, phantoms: Tensor, grid: Grid, encode: Encode, seed: int
         optimizer.step()
         rate.step()
         if step % _LOG_EVERY == 0:
-            tracker.metrics({"autoencoder_loss": float(loss.detach())}, step=step)
+            losses.append(float(loss.detach()))
+            tracker.metrics({"autoencoder_loss": losses[-1]}, step=step)
+    return losses
 
 
 def _loss(codec: Codec, batch: Tensor, kl_weight: float) -> torch.Tensor:

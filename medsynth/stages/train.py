@@ -23,7 +23,7 @@ from torch import Tensor
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import open_device
-from medsynth.diffusion.fitting import Draw, fit
+from medsynth.diffusion.fitting import Draw, Report, fit
 from medsynth.diffusion.generator import WEIGHTS, Generator, build_generator, save_generator
 from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
 from medsynth.models.autoencoder import load_codec
@@ -123,7 +123,7 @@ def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
     draw = _draw_from(latents, masks, settings.pretrain_batch_size, job.device)
     steps = logs.progress(range(settings.pretrain_steps), "pre-training on phantoms", settings.pretrain_steps)
     stream = torch.Generator().manual_seed(job.seed("pretrain"))
-    report = _reporter(job.tracker, "pretrain_loss")
+    report = _reporter(job, "pretrain_loss")
     rate = settings.pretrain_learning_rate
     fit(built.denoiser, draw, steps, settings.pretrain_steps, rate, settings, stream, report)
     scratch = kept.with_suffix(".partial")
@@ -205,13 +205,16 @@ def _draw_from(latents: Tensor, masks: Tensor, size: int, device: torch.device) 
     return draw
 
 
-def _reporter(tracker: Tracker, name: str) -> Any:
+def _reporter(job: Job, name: str) -> Report:
     recent: list[float] = []
+    series: list[float] = []
 
     def report(step: int, loss: float) -> None:
         recent.append(loss)
         if (step + 1) % LOG_EVERY == 0:
-            tracker.metrics({name: float(np.mean(recent[-LOG_EVERY:]))}, step=step + 1)
+            series.append(float(np.mean(recent[-LOG_EVERY:])))
+            job.tracker.metrics({name: series[-1]}, step=step + 1)
+            job.record(name, series)
 
     return report
 
@@ -229,5 +232,5 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     draw = _draw_from(latents, masks, settings.batch_size, job.device)
     steps = logs.progress(range(settings.steps), "training WITHOUT privacy", settings.steps)
     stream = torch.Generator().manual_seed(job.seed("batches"))
-    report = _reporter(job.tracker, "loss")
+    report = _reporter(job, "loss")
     fit(built.denoiser, draw, steps, settings.steps, settings.learning_rate, settings, stream, report)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 20
 """Steps from one line of a series to the next."""
+HISTORY = "history.json"
+"""Losses on phantoms (and, without privacy, on patients), one value every :data:`LOG_EVERY` steps, by name."""
 STATE = "state.json"
 """Reservations of an unfinished training, in its folder."""
 
@@ -98,6 +100,14 @@ class Job:
         scratch = self.folder / f"{STATE}.partial"
         scratch.write_text(json.dumps(state), encoding="utf-8")
         scratch.replace(self.folder / STATE)
+
+    def record(self, name: str, values: Sequence[float]) -> None:
+        """Keep a series in the folder for whoever asks later what limited the training."""
+        path = self.folder / HISTORY
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        scratch = path.with_suffix(".partial")
+        scratch.write_text(json.dumps({**kept, name: list(values)}) + "\n", encoding="utf-8")
+        scratch.replace(path)
 
     def patients(self) -> list[Patient]:
         """Read the patients that train."""

@@ -20,7 +20,7 @@ from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd
 from medsynth.stages import private_training, train
-from medsynth.stages.training_job import Job
+from medsynth.stages.training_job import HISTORY, Job
 from medsynth.tracking import Tracker
 
 Before = Callable[..., dict[str, Path]]
@@ -60,6 +60,17 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) 
 
     monkeypatch.setattr(DpSgd, "noisy_mean", noisy_mean)
     return taken
+
+
+def test_the_losses_on_phantoms_are_kept(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = changed(tiny_settings, pretrain_steps=40, steps=0, appearance={"enabled": False, "coefficients": [2, 2]})
+    inputs = before_training(study, tmp_path)
+    train.run(study, inputs, inputs["generator"], Tracker())
+    history = json.loads((inputs["generator"] / HISTORY).read_text())
+    assert list(history) == ["pretrain_loss"] and len(history["pretrain_loss"]) == 2
+    assert all(0 < loss < 10 for loss in history["pretrain_loss"])
 
 
 def reservations(inputs: dict[str, Path]) -> list[dict[str, Any]]:
