@@ -64,8 +64,8 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def manifest_text(values: Mapping[str, Any]) -> bytes:
-    """Return the bytes of ``manifest.json`` for a manifest's fields."""
+def json_text(values: Mapping[str, Any]) -> bytes:
+    """Return the one text of a JSON file: sorted keys, one blank of indent, a line feed at the end, UTF-8."""
     return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -170,7 +170,7 @@ class StageFolder:
             details=values,
         )
         with (self.path / MANIFEST).open("wb") as handle:
-            handle.write(manifest_text(asdict(self.manifest)))
+            handle.write(json_text(asdict(self.manifest)))
             handle.flush()
             os.fsync(handle.fileno())
         if check is not None:

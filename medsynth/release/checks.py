@@ -35,8 +35,8 @@ from medsynth.release.marks import (
     UNSIGNED,
 )
 from medsynth.release.opened import Release, mapping, parse
-from medsynth.release.statement import NOT_COVERED, PREDICATE_TYPE, membership_in_words
-from medsynth.store import MANIFEST, canonical_json, manifest_text
+from medsynth.release.statement import DELTA_SHARES, NOT_COVERED, PREDICATE_TYPE, membership_in_words
+from medsynth.store import MANIFEST, canonical_json, json_text
 
 _CLAIM_FIELDS = frozenset(
     {
@@ -53,7 +53,6 @@ _CLAIM_FIELDS = frozenset(
         "trials",
     }
 )
-_DELTA_SHARES = (1, 10, 100)
 _ACCOUNTANTS = frozenset({"pld", "prv", "rdp"})
 
 
@@ -160,7 +159,7 @@ def manifest(release: Release) -> list[str]:
     found = {name: digest for name, digest in release.tree.digests.items() if name != MANIFEST}
     wrong = sorted(name for name in named.keys() | found.keys() if named.get(name) != found.get(name))
     problems = [f"{MANIFEST} gives another digest for {name}, or does not know it" for name in wrong]
-    if raw != manifest_text(values):
+    if raw != json_text(values):
         problems.append(f"{MANIFEST} was changed: it is not the text that 'export' writes")
     return problems
 
@@ -238,7 +237,7 @@ def epsilon(release: Release) -> list[str]:
     events = spending.events(release.ledger().entries())
     stated = {row["delta"]: row["epsilon"] for row in said["epsilon_at"]}
     problems = []
-    if list(stated) != [said["delta"] / share for share in _DELTA_SHARES]:
+    if list(stated) != [said["delta"] / share for share in DELTA_SHARES]:
         problems.append("epsilon_at must state delta, delta/10 and delta/100")
     for delta, claimed in [(said["delta"], said["epsilon"]), *stated.items()]:
         for name, computed in recompute.epsilons(events, delta).items():
@@ -260,7 +259,7 @@ def accountants(release: Release) -> list[str]:
     problems = [
         f"{name} gives epsilon {value!r}, and the ledger costs at least {least:g}"
         for name, value in said.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least - recompute.TOLERANCE
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < least - spending.TOLERANCE
     ]
     if not problems and spending.round_up(said["pld"]) != claimed["epsilon"]:
         problems.append(f"pld gives epsilon {said['pld']!r}, which does not round up to {claimed['epsilon']:g}")
@@ -283,7 +282,7 @@ def membership(release: Release) -> list[str]:
     problems = []
     for row in rows:
         rate, most = row["false_positive_rate"], row["true_positive_rate_at_most"]
-        low = [name for name in bounds if not bounds[name][rate] - recompute.TOLERANCE <= most <= 1]
+        low = [name for name in bounds if not bounds[name][rate] - spending.TOLERANCE <= most <= 1]
         if low:
             problems.append(
                 f"the bound on membership attacks at {rate:.1%} false positives is {most:g}, which is below what was "

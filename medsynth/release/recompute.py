@@ -13,8 +13,6 @@ from medsynth.privacy.accounting import OWN_GRID, Event, coarsen, membership_bou
 from medsynth.release import spending
 
 OWN, GOOGLE = "medsynth's own accountant", "dp-accounting"
-TOLERANCE = 1e-6
-"""Claims are rounded up; this much only covers floating-point differences between machines."""
 EXCESS = 0.01
 """A claim may be so much (relative, and absolute below epsilon 1) above what the ledger costs: rounding and grids."""
 Bounds = dict[float, float]
@@ -49,7 +47,7 @@ def membership(events: Sequence[Event], delta: float) -> dict[str, Bounds]:
 
 def contradiction(claimed: float, computed: float) -> str | None:
     """Return why a claim and the cost of the ledger do not belong together; None when they do."""
-    if not claimed >= computed - TOLERANCE:
+    if not claimed >= computed - spending.TOLERANCE:
         return "less than was spent"
     if claimed > computed + EXCESS * max(1.0, computed):
         return "so much more than the ledger costs that one of the two was changed"

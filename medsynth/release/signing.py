@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medsynth.errors import CertificationError, VerificationError
+from medsynth.store import json_text
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 SigningKey = Ed25519PrivateKey
@@ -110,11 +111,6 @@ def sign(payload: bytes, key: SigningKey) -> dict[str, Any]:
     }
 
 
-def envelope_text(envelope: Mapping[str, Any]) -> bytes:
-    """Return the one text of an envelope that a release may hold: sorted keys, one blank of indent, UTF-8."""
-    return (json.dumps(envelope, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
 def open_envelope(text: bytes) -> tuple[dict[str, Any], bytes]:
     """Parse an envelope without checking its signature.
 
@@ -153,7 +149,7 @@ def require_canonical(text: bytes, envelope: Mapping[str, Any]) -> None:
     Raises:
         VerificationError: blanks, line ends, the order of keys or a repeated key differ.
     """
-    if envelope_text(envelope) != text:
+    if json_text(envelope) != text:
         raise VerificationError(
             "the certificate's file was changed: blanks, line ends or the order of its parts are not those that "
             "'certify' writes"

@@ -14,7 +14,8 @@ from medsynth.privacy.ledger import RELATION, UNIT, charged_events, taints_of, t
 
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.05, 0.10)
 _DECIMALS = 3
-_TOLERANCE = 1e-6  # what is stated is rounded up; this covers floating-point differences between machines
+TOLERANCE = 1e-6
+"""Claims are rounded up; this much only covers floating-point differences between machines."""
 _MECHANISM_FIELDS = (
     "id",
     "stage",
@@ -85,6 +86,11 @@ def cost_at(spent: Sequence[Event], delta: float) -> float:
     return round_up(claimed(spent, delta, COARSE_INTERVAL))
 
 
+def curve(spent: Sequence[Event], delta: float) -> list[tuple[float, float]]:
+    """Return (epsilon, delta) of all events at ``delta`` and at the values of :data:`CURVE`; all of them hold."""
+    return [(cost_at(spent, value), value) for value in (delta, *CURVE)]
+
+
 def membership(spent: Sequence[Event], delta: float) -> tuple[tuple[float, float], ...]:
     """Return (false-positive rate, bound on the true-positive rate) of any membership attack on one patient.
 
@@ -94,9 +100,9 @@ def membership(spent: Sequence[Event], delta: float) -> tuple[tuple[float, float
         spent: every event of the ledger.
         delta: failure probability of the claim.
     """
-    curve = [(cost_at(spent, value), value) for value in (delta, *CURVE)]
+    points = curve(spent, delta)
     return tuple(
-        (rate, min(1.0, round_up(min(membership_bound(epsilon, value, rate) for epsilon, value in curve))))
+        (rate, min(1.0, round_up(min(membership_bound(epsilon, value, rate) for epsilon, value in points))))
         for rate in FALSE_POSITIVE_RATES
     )
 
@@ -187,7 +193,7 @@ def check_account(
     if claim["trials"] != trials(entries):
         problems.append(f"the claim is for a sweep of {claim['trials']} studies, the ledger charges {trials(entries)}")
     for name, spent in costs([*counted_events(entries), *others], claim["delta"]).items():
-        if not signed["epsilon"] >= spent - _TOLERANCE:
+        if not signed["epsilon"] >= spent - TOLERANCE:
             problems.append(
                 f"all studies together cost epsilon {spent:g} ({name}), the certificate says {signed['epsilon']:g}"
             )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # whoever verifies needs no pydantic
 
 PREDICATE_TYPE = "urn:medsynth:dp-certificate:3"
 """Its number changes with any part of the predicate, with :data:`NOT_COVERED` and with the figures on the pages."""
+DELTA_SHARES = (1, 10, 100)
+"""Epsilon is stated at the claimed delta and at these parts of it."""
 _IMPLEMENTATION = (
     "numpy",
     "torch",
@@ -109,12 +111,13 @@ class Claim:
 def claim_of(events: Sequence[Event], config: Study) -> Claim:
     """Return what may be promised for executed ``events``; the configuration gives delta, budget and declared size."""
     delta = config.privacy.delta
+    deltas = [delta / share for share in DELTA_SHARES]
     return Claim(
         epsilon=spending.round_up(epsilon(events, delta)),
         delta=delta,
         budget=config.privacy.epsilon,
         declared_patients=config.privacy.declared_patients,
-        epsilon_at=tuple((value, spending.cost_at(events, value)) for value in (delta, delta / 10, delta / 100)),
+        epsilon_at=tuple((value, spending.cost_at(events, value)) for value in deltas),
         membership=spending.membership(events, delta),
         linkage=linkage_rule(config),
         trials=config.privacy.trials,

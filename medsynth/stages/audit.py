@@ -91,8 +91,7 @@ def _bound(config: Study, ledger: Path) -> float:
     """Return the area under the curve that no attack exceeds if the claim holds, from the claim's whole curve."""
     if not config.privacy.private:
         return 1.0
-    spent, delta = spending.events(Ledger(ledger).entries()), config.privacy.delta
-    return allowed_area([(spending.cost_at(spent, value), value) for value in (delta, *spending.CURVE)])
+    return allowed_area(spending.curve(spending.events(Ledger(ledger).entries()), config.privacy.delta))
 
 
 def _keep_scores(scores: Scores, folder: Path) -> None:

@@ -203,5 +203,5 @@ def _write_words(body: Path, said: dict[str, Any], signer: str) -> None:
 
 
 def _sign(out: Path, key: signing.SigningKey, signed: dict[str, Any]) -> None:
-    (out / CERTIFICATE).write_bytes(signing.envelope_text(signing.sign(store.canonical_json(signed), key)))
+    (out / CERTIFICATE).write_bytes(store.json_text(signing.sign(store.canonical_json(signed), key)))
     (out / PUBLIC_KEY).write_bytes(signing.public_pem(key))

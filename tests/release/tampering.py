@@ -60,7 +60,7 @@ def sign_again(
         if refresh or entry["name"] == page.name:
             entry["digest"]["sha256"] = store.digest_file(release / entry["name"])
     envelope = signing.sign(store.canonical_json(statement), key)
-    (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
+    (release / "certificate.dsse.json").write_bytes(store.json_text(envelope))
     (release / "public.pem").write_bytes(signing.public_pem(key))
     close_again(release, statement)
 
@@ -79,12 +79,12 @@ def close_again(release: Path, statement: dict[str, Any]) -> None:
         manifest = release_manifest(statement, *digests)
     except (KeyError, TypeError):
         return
-    (release / "manifest.json").write_bytes(store.manifest_text(asdict(manifest)))
+    (release / "manifest.json").write_bytes(store.json_text(asdict(manifest)))
 
 
 def edit_manifest(release: Path, **values: Any) -> None:
     manifest = json.loads((release / "manifest.json").read_text())
-    (release / "manifest.json").write_bytes(store.manifest_text({**manifest, **values}))
+    (release / "manifest.json").write_bytes(store.json_text({**manifest, **values}))
 
 
 def edit_statement(release: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -93,7 +93,7 @@ def edit_statement(release: Path, edit: Callable[[dict[str, Any]], object]) -> N
     statement = json.loads(base64.b64decode(envelope["payload"]))
     edit(statement)
     envelope["payload"] = base64.b64encode(store.canonical_json(statement)).decode()
-    (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
+    (release / "certificate.dsse.json").write_bytes(store.json_text(envelope))
 
 
 def edit_in_place(release: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -105,7 +105,7 @@ def edit_envelope(release: Path, edit: Callable[[dict[str, Any]], object]) -> No
     """Edit what is around the statement."""
     envelope = json.loads((release / "certificate.dsse.json").read_text())
     edit(envelope)
-    (release / "certificate.dsse.json").write_bytes(signing.envelope_text(envelope))
+    (release / "certificate.dsse.json").write_bytes(store.json_text(envelope))
 
 
 def rewrite_ledger(release: Path, edit: Callable[[dict[str, Any]], object]) -> None:

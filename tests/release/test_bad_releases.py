@@ -22,7 +22,7 @@ from medsynth.privacy.accounting import Event, epsilon
 from medsynth.release import keys, opened, signing, statement
 from medsynth.release.verify import verify
 from medsynth.stages import certify, export
-from medsynth.store import digest_of
+from medsynth.store import digest_of, json_text
 from medsynth.tracking import Tracker
 
 Run = Callable[..., Path]
@@ -130,7 +130,7 @@ def test_a_statement_in_another_form_is_refused_whoever_signed_it(release: Path,
     key = keys.open_key(certified_run / "keys")
     _, payload = signing.open_envelope((release / "certificate.dsse.json").read_bytes())
     for other in (json.dumps(json.loads(payload), indent=1).encode(), payload.replace(b"{", b'{"_type":"x",', 1)):
-        envelope = signing.envelope_text(signing.sign(other, key))
+        envelope = json_text(signing.sign(other, key))
         (release / "certificate.dsse.json").write_bytes(envelope)
         assert "not in the one form that 'certify' writes" in failed(release)
 

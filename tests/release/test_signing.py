@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key a
 
 from medsynth.errors import CertificationError, VerificationError
 from medsynth.release import keys, signing
+from medsynth.store import json_text
 
 
 def test_another_implementation_verifies_our_envelope(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_we_verify_the_envelope_of_another_implementation() -> None:
 
 def test_an_envelope_has_one_text(tmp_path: Path) -> None:
     envelope = signing.sign(b"payload", signing.new_key())
-    text = signing.envelope_text(envelope)
+    text = json_text(envelope)
     signing.require_canonical(text, signing.open_envelope(text)[0])
     others = (
         json.dumps(envelope).encode(),
@@ -76,7 +77,7 @@ def test_nothing_can_be_added_to_an_envelope(change: Callable[[dict[str, Any]], 
     envelope = signing.sign(b"payload", key)
     change(envelope)
     with pytest.raises(VerificationError, match=message):
-        signing.check_signature(*signing.open_envelope(signing.envelope_text(envelope)), signing.public_pem(key))
+        signing.check_signature(*signing.open_envelope(json_text(envelope)), signing.public_pem(key))
 
 
 def test_what_is_no_public_ed25519_key_is_refused() -> None:
