@@ -158,7 +158,7 @@ def _print_plan(console: Console, study: Study, found: BudgetPlan, asked: Asked)
     if found.epsilon > privacy.epsilon:
         console.print(f"this costs more than the budget: it needs privacy.epsilon {found.epsilon:g}")
     console.print(_parameters(study, found, asked))
-    console.print(_comparison(study, asked))
+    console.print(_comparison(study))
 
 
 def _mechanisms(found: BudgetPlan, trials: int) -> Table:
@@ -194,7 +194,7 @@ def _verdict(count: int, most: float) -> str:
     return f"{count * ADVISED / most:.2g} times the advice" + (", noise drowns them" if count > most else "")
 
 
-def _comparison(study: Study, asked: Asked) -> Table:
+def _comparison(study: Study) -> Table:
     table = _table("epsilon", "mu", "masks", "appearance", "training", "d*", f"d*/{ADVISED}", title="noise multipliers")
     for value in sorted({*COMPARED, study.privacy.epsilon}):
         privacy = study.privacy.model_copy(update={"epsilon": value})

@@ -75,9 +75,6 @@ class Tracker:
         yield self
 
 
-NullTracker = Tracker
-
-
 class _Store:
     """An MLflow client whose failures are reported once and otherwise ignored."""
 

@@ -27,18 +27,15 @@ class Pseudonyms:
 
     def patient(self, person: str) -> str:
         """Return the pseudonym of a person (the hospital's own identifier goes in)."""
-        return f"p-{self._digest('patient', person)[:12]}"
+        return f"p-{_keyed(self.key, 'patient', person)[:12]}"
 
     def case(self, source: str) -> str:
         """Return the name of a case from its source path relative to the input."""
-        return f"c-{self._digest('case', source)[:12]}"
+        return f"c-{_keyed(self.key, 'case', source)[:12]}"
 
     def reference(self, source: str) -> str:
         """Return the reference of a refused file from its path relative to the input."""
-        return f"q-{self._digest('quarantine', source)[:8]}"
-
-    def _digest(self, kind: str, text: str) -> str:
-        return hmac.new(self.key, f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
+        return f"q-{_keyed(self.key, 'quarantine', source)[:8]}"
 
 
 def create_pseudonyms(folder: Path) -> Pseudonyms:

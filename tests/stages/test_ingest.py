@@ -26,7 +26,7 @@ from medsynth.imaging.layouts import discover
 from medsynth.imaging.loading import load_case
 from medsynth.imaging.refusal import CaseRefused
 from medsynth.stages import ingest
-from medsynth.tracking import NullTracker
+from medsynth.tracking import Tracker
 
 POLYP = {0: "background", 1: "polyp"}
 LABELS = {0: "background", 1: "organ", 2: "lesion"}
@@ -118,7 +118,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def ingested(settings: Study, source: Path, out: Path) -> list[str]:
     """Run the stage; returns the reasons of the quarantine list."""
-    ingest.run(settings, {"source": source}, out, NullTracker())
+    ingest.run(settings, {"source": source}, out, Tracker())
     return sorted(row["reason"] for row in rows(out / "quarantine.csv"))
 
 
@@ -347,7 +347,7 @@ def test_unusable_input_is_an_error_and_leaves_no_folder(tmp_path: Path, layout:
     if layout == "all broken":
         put_msd(source, {"a": (np.zeros(SHAPE, np.int16), picture(0)[1])})
     with pytest.raises(InputError):
-        ingest.run(study(), {"source": source}, tmp_path / "out", NullTracker())
+        ingest.run(study(), {"source": source}, tmp_path / "out", Tracker())
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -355,13 +355,13 @@ def test_unwritable_output_is_a_store_error(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", good(6))
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError):
-        ingest.run(study(), {"source": tmp_path / "in"}, tmp_path / "file" / "cohort", NullTracker())
+        ingest.run(study(), {"source": tmp_path / "in"}, tmp_path / "file" / "cohort", Tracker())
 
 
 def test_one_sided_split_is_refused_with_advice(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", good(3))
     with pytest.raises(InputError, match=r"ingest\.test_fraction"):
-        ingest.run(study({"test_fraction": 0.0}), {"source": tmp_path / "in"}, tmp_path / "out", NullTracker())
+        ingest.run(study({"test_fraction": 0.0}), {"source": tmp_path / "in"}, tmp_path / "out", Tracker())
 
 
 def test_no_name_and_no_path_is_in_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from medsynth.imaging.dicom_writer import SeriesMeta, write_segmentation, write_
 from medsynth.site import site_home
 from medsynth.stages import ingest
 from medsynth.stages.inputs import account_of
-from medsynth.tracking import NullTracker
+from medsynth.tracking import Tracker
 
 LABELS = {0: "background", 1: "organ"}
 SHAPE = (10, 12, 8)
@@ -64,7 +64,7 @@ def put_nifti(root: Path, name: str, seed: int, turned: bool = False) -> None:
 
 
 def cohort(source: Path, run: Path, settings: Study | None = None) -> Path:
-    ingest.run(settings or study(), {"source": source}, run / "cohort", NullTracker())
+    ingest.run(settings or study(), {"source": source}, run / "cohort", Tracker())
     return run
 
 
