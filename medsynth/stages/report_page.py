@@ -30,7 +30,7 @@ _FIGURES = (
     ("losses.png", "Training of the segmentation models", "Smoothed loss; a flat line is a failed training."),
 )
 _PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>medsynth report: $study</title>
+<html lang="en"><head><meta charset="utf-8"><title>medsynth: $title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body{font:16px/1.55 system-ui,sans-serif;color:#1d2430;background:#f5f6f8;margin:0}
@@ -50,16 +50,17 @@ td small{color:#5a6372;display:block;white-space:nowrap}td{vertical-align:top}
 figure{background:#fff;border:1px solid #dde1e7;border-radius:8px;margin:0;padding:14px}
 figure img{max-width:100%;display:block;margin:0 auto}figcaption{color:#5a6372;font-size:14px;margin-top:8px}
 </style></head><body><main>
-<h1>$study</h1><span class="internal">INTERNAL: computed on patients, stays inside the hospital</span>
+<h1>$title</h1><span class="internal">INTERNAL: computed on patients, stays inside the hospital</span>
 <p class="sub">$subtitle</p>
-<div class="cards">$cards</div>
+$body
+</main></body></html>
+""")
+_BODY = Template("""<div class="cards">$cards</div>
 <h2>How to read it</h2><ul>$reading</ul>
 <h2>Dice by training set</h2><div class="scroll">$dice</div>
 $audits
 $figures
-<h2>Other measurements</h2><div class="scroll">$others</div>
-</main></body></html>
-""")
+<h2>Other measurements</h2><div class="scroll">$others</div>""")
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> None:
@@ -70,18 +71,30 @@ def write_page(report: Mapping[str, Any], folder: Path) -> None:
         folder: where the figures lie and the page goes.
     """
     patients = next(iter(report["dice"].values()))["n_patients"]
-    page = _PAGE.substitute(
-        study=escape(str(report["study"])),
-        subtitle=f"{patients} held-out patients, {report['n_train_patients']} train patients, "
-        f"{report['n_pairs']} synthetic pairs; the unit of every interval is the patient.",
+    subtitle = (
+        f"{patients} held-out patients, {report['n_train_patients']} train patients, {report['n_pairs']} synthetic "
+        "pairs; the unit of every interval is the patient."
+    )
+    body = _BODY.substitute(
         cards="".join(_cards(report)),
         reading="".join(f"<li>{escape(line)}</li>" for line in reading(report)),
         dice=_dice_table(report),
         audits=_audits(report.get("audits", [])),
-        figures="".join(_figure(folder / name, title, text) for name, title, text in _FIGURES),
+        figures="".join(figure(folder / name, title, text) for name, title, text in _FIGURES),
         others=_others(report),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page(str(report["study"]), subtitle, body), encoding="utf-8")
+
+
+def page(title: str, subtitle: str, body: str) -> str:
+    """Return one self-contained internal page.
+
+    Args:
+        title: plain text.
+        subtitle: plain text.
+        body: HTML.
+    """
+    return _PAGE.substitute(title=escape(title), subtitle=escape(subtitle), body=body)
 
 
 def reading(report: Mapping[str, Any]) -> list[str]:
@@ -106,8 +119,8 @@ def _read_dice(report: Mapping[str, Any]) -> list[str]:
     if block and "synthetic_only" in report["relative_to_real"]:
         share = report["relative_to_real"]["synthetic_only"]
         lines.append(
-            f"A segmentation model trained on synthetic pairs alone reaches a Dice of {_number(block['mean'])} on "
-            f"real patients that no stage has seen: {share:.0%} of the {_number(dice['real_only']['mean'])} from real "
+            f"A segmentation model trained on synthetic pairs alone reaches a Dice of {number(block['mean'])} on "
+            f"real patients that no stage has seen: {share:.0%} of the {number(dice['real_only']['mean'])} from real "
             "training data."
         )
     if block and block.get("skill") is not None:
@@ -116,10 +129,10 @@ def _read_dice(report: Mapping[str, Any]) -> list[str]:
             if block["skill"] < _NOT_LEARNT
             else f"of what real images teach beyond that, the synthetic ones teach {block['skill']:.0%} (the skill)."
         )
-        lines.append(f"One constant mean shape, without a look at any image, reaches {_number(floor)}: {learnt}")
+        lines.append(f"One constant mean shape, without a look at any image, reaches {number(floor)}: {learnt}")
     elif block:
         lines.append(
-            f"One constant mean shape reaches {_number(floor)} and real training data does not beat it: "
+            f"One constant mean shape reaches {number(floor)} and real training data does not beat it: "
             "the segmentation models are too weak to judge the synthetic pairs (more segment.steps)."
         )
     return lines + _read_mixed(dice)
@@ -148,7 +161,7 @@ def _read_agreement(report: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"A model trained on real patients finds the label maps in the synthetic images with a Dice of "
-        f"{_number(agreement['mean'])} ({_number(real)} in real images): {verdict}."
+        f"{number(agreement['mean'])} ({number(real)} in real images): {verdict}."
     ]
 
 
@@ -164,8 +177,8 @@ def _read_memorisation(near: Mapping[str, Any]) -> str:
 
 def _cards(report: Mapping[str, Any]) -> list[str]:
     dice = report["dice"]
-    values = [(_number(dice[name]["mean"]), f"Dice, {NAMES[name]}") for name in NAMES if name in dice]
-    values.append((_number(report["floor"]["mean"]), "Dice of a constant mean shape"))
+    values = [(number(dice[name]["mean"]), f"Dice, {NAMES[name]}") for name in NAMES if name in dice]
+    values.append((number(report["floor"]["mean"]), "Dice of a constant mean shape"))
     epsilon = report["epsilon"]
     values.append(("none" if epsilon == "inf" else f"ε {epsilon:.2f}", f"privacy per patient, δ {report['delta']:g}"))
     return [f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in values]
@@ -175,17 +188,16 @@ def _dice_table(report: Mapping[str, Any]) -> str:
     labels = list(report["floor"]["per_label"])
     rows = [_dice_row(NAMES[name], block, labels) for name, block in report["dice"].items()]
     rows.append(_dice_row("constant mean shape (floor)", report["floor"], labels))
-    return _table(["trained on", "Dice", *labels, "skill", "by seed"], rows)
+    return table(["trained on", "Dice", *labels, "skill", "by seed"], rows)
 
 
 def _dice_row(name: str, block: Mapping[str, Any], labels: list[str]) -> list[str]:
     parts = [block, *(block["per_label"][label] for label in labels)]
     cells = [
-        f"{_number(one['mean'])} <small>({_number(one['ci95'][0])} to {_number(one['ci95'][1])})</small>"
-        for one in parts
+        f"{number(one['mean'])} <small>({number(one['ci95'][0])} to {number(one['ci95'][1])})</small>" for one in parts
     ]
-    seeds = ", ".join(_number(value) for value in block.get("seeds", {}).values())
-    return [escape(name), *cells, _number(block.get("skill"), 2), seeds or "-"]
+    seeds = ", ".join(number(value) for value in block.get("seeds", {}).values())
+    return [escape(name), *cells, number(block.get("skill"), 2), seeds or "-"]
 
 
 def _others(report: Mapping[str, Any]) -> str:
@@ -193,13 +205,13 @@ def _others(report: Mapping[str, Any]) -> str:
     rows = [
         [
             "Discrepancy of the image crowds (MMD²)",
-            _number(fidelity["mmd_synthetic"], 4),
-            f"{_number(fidelity['mmd_held_out'], 4)} for held-out patients",
+            number(fidelity["mmd_synthetic"], 4),
+            f"{number(fidelity['mmd_held_out'], 4)} for held-out patients",
         ],
         [
             "Similarity among images (SSIM)",
-            _number(fidelity["ssim_within_synthetic"]),
-            f"{_number(fidelity['ssim_within_real'])} among real ones; higher means less variety",
+            number(fidelity["ssim_within_synthetic"]),
+            f"{number(fidelity['ssim_within_real'])} among real ones; higher means less variety",
         ],
         [
             "Latent codec on patients, PSNR",
@@ -212,7 +224,7 @@ def _others(report: Mapping[str, Any]) -> str:
         rows.append(
             [f"Median size of {escape(name)}", f"{synthetic['median']:.0f}", f"{real['median']:.0f} in real patients"]
         )
-    return _table(["measurement", "synthetic", "yardstick"], rows)
+    return table(["measurement", "synthetic", "yardstick"], rows)
 
 
 def _audits(findings: list[Mapping[str, Any]]) -> str:
@@ -225,7 +237,7 @@ def _audits(findings: list[Mapping[str, Any]]) -> str:
     return (
         "<h2>Audits</h2><p>They try to make the claim false; none of them can prove it. Each ran beside a positive "
         "control, broken or leaky on purpose, that had to turn red.</p>"
-        f'<div class="scroll audits">{_table(head, rows)}</div>'
+        f'<div class="scroll audits">{table(head, rows)}</div>'
         f"<ul>{items}</ul>"
     )
 
@@ -251,13 +263,15 @@ def _figures(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table of cells that are HTML already."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{top}</tr>{body}</table>"
 
 
-def _figure(path: Path, title: str, text: str) -> str:
+def figure(path: Path, title: str, text: str) -> str:
+    """Return a heading with an embedded picture and its caption; nothing where there is no picture."""
     if not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -265,5 +279,6 @@ def _figure(path: Path, title: str, text: str) -> str:
     return f"<h2>{escape(title)}</h2><figure>{picture}<figcaption>{escape(text)}</figcaption></figure>"
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number as text; a dash where it is unknown."""
     return "-" if value is None else f"{value:.{digits}f}"
