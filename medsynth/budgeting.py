@@ -132,13 +132,12 @@ def plan(path: Path, overrides: dict[str, object], asked: Asked) -> None:
 def trainable_parameters(study: Study) -> int:
     """Return how many parameters patients would move, by building the study's own model (fresh weights)."""
     from medsynth.diffusion.generator import build_generator
-    from medsynth.models.adapters import add_adapters, select_trainable
     from medsynth.models.autoencoder import build_codec
+    from medsynth.stages.private_training import choose_trainable
 
-    denoiser = build_generator(study.grid, study.train, build_codec(study.grid, study.encode)).denoiser
-    if study.train.trainable == "lora":
-        add_adapters(denoiser, study.train.lora_rank)
-    return select_trainable(denoiser, study.train.trainable)
+    return choose_trainable(
+        study.train, build_generator(study.grid, study.train, build_codec(study.grid, study.encode))
+    )
 
 
 def _planned(study: Study, noise: float | None) -> BudgetPlan:

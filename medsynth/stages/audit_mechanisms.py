@@ -128,11 +128,7 @@ def _replay_training(
 ) -> Finding:
     @cache
     def encoded(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        patient = cohort[number]
-        return (
-            built.codec.encode(patient.images.to(job.device)).cpu(),
-            built.masks(patient.labels.to(job.device)).cpu(),
-        )
+        return job.encoded(built, cohort[number])
 
     def unit(number: int) -> Batch:
         return private_training.unit_batch(job, built.denoiser.preconditioning, f"audit-{number}", *encoded(number), 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from medsynth import logs, store
-from medsynth.config import Study
+from medsynth.config import Study, Train
 from medsynth.devices import open_device
 from medsynth.diffusion.fitting import open_ema
 from medsynth.diffusion.generator import Generator, build_generator
@@ -67,12 +67,12 @@ class Call:
     autoencoder: str
 
 
-def choose_trainable(job: Job, built: Generator) -> int:
+def choose_trainable(settings: Train, built: Generator) -> int:
     """Add the adapters that the study wants, freeze what patients may not move, and count what they may."""
-    settings = job.config.train
     if settings.trainable == "lora":
+        device = next(built.denoiser.parameters()).device
         add_adapters(built.denoiser, settings.lora_rank)
-        built.denoiser.to(job.device)
+        built.denoiser.to(device)
     return select_trainable(built.denoiser, settings.trainable)
 
 
@@ -197,7 +197,7 @@ def assist(config: Study, inputs: Mapping[str, Path], ranks: Ranks, call: Call) 
     if _call(job, call.clip_norm) != call:
         raise StoreError("this process reads another study, cohort or autoencoder than rank 0: give all the same")
     built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
-    choose_trainable(job, built)
+    choose_trainable(config.train, built)
     model = built.denoiser.train()
     ranks.take_weights(model)
     backend, _ = _checked_backend(job, model, public_batches(job, built), call.clip_norm)

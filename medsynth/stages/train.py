@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
         if config.train.pretrain_steps:
             _pretrain(job, built, state)
-        count = private_training.choose_trainable(job, built)
+        count = private_training.choose_trainable(config.train, built)
         logs.say("training on patients", trainable_parameters=count, private=config.privacy.private)
         if config.train.steps:
             (private_training.train_privately if config.privacy.private else _train_openly)(job, built, state)
@@ -118,8 +118,7 @@ def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
         built.denoiser.load_state_dict(load_file(kept))
         return
     settings = job.config.train
-    appearance = _appearance(job, state) if settings.appearance.enabled else None
-    latents, masks = _phantom_latents(job, built, appearance, settings.pretrain_phantoms)
+    latents, masks = _phantom_latents(job, built, _dresser(job, state), settings.pretrain_phantoms)
     draw = _draw_from(latents, masks, settings.pretrain_batch_size, job.device)
     steps = logs.progress(range(settings.pretrain_steps), "pre-training on phantoms", settings.pretrain_steps)
     stream = torch.Generator().manual_seed(job.seed("pretrain"))
@@ -131,7 +130,18 @@ def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
     scratch.replace(kept)
 
 
-def _appearance(job: Job, state: dict[str, Any]) -> AppearanceStatistics:
+def _dresser(job: Job, state: dict[str, Any]) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
+    """Return what gives a label map an image: by released appearance, or by that of the phantoms."""
+    from medsynth.imaging.phantom import render
+
+    if not job.config.train.appearance.enabled:
+        return lambda label, rng: render(label, job.config.grid, rng)
+    space = appearance_space(job)
+    released = _appearance(job, space, state)
+    return lambda label, rng: space.render(label, released, rng)
+
+
+def _appearance(job: Job, space: AppearanceSpace, state: dict[str, Any]) -> AppearanceStatistics:
     """Release the appearance statistics of the patients (once; a resumed run reads them back)."""
     from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.mechanism import GaussianSum
@@ -142,7 +152,6 @@ def _appearance(job: Job, state: dict[str, Any]) -> AppearanceStatistics:
         state["entries"] |= {"appearance": before} if before else {}
     if "appearance" not in state["entries"]:
         config = job.config
-        space = appearance_space(job)
         denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
         noise = job.plan.appearance_noise_multiplier
         mechanism = GaussianSum("appearance", space.size, _appearance_clip(job), noise, denominator)
@@ -178,19 +187,14 @@ def _appearance_clip(job: Job) -> float:
 
 
 def _phantom_latents(
-    job: Job, built: Generator, appearance: AppearanceStatistics | None, count: int
+    job: Job, built: Generator, dress: Callable[[np.ndarray, np.random.Generator], np.ndarray], count: int
 ) -> tuple[Tensor, Tensor]:
     """Return latents and encoded masks of public (or released) pairs: drawn label maps, dressed images."""
-    from medsynth.imaging.phantom import render
-
-    grid = job.config.grid
     source = load_masks(job.inputs["masks"])
-    space = appearance_space(job)
     latents, masks = [], []
     for index in logs.progress(range(count), "rendering phantoms", count):
         label = source.draw(job.seed("phantom-label", index))
-        rng = generator(job.config.seed, "train", "phantom-image", index)
-        image = render(label, grid, rng) if appearance is None else space.render(label, appearance, rng)
+        image = dress(label, generator(job.config.seed, "train", "phantom-image", index))
         tensor = torch.from_numpy(np.ascontiguousarray(image)).to(job.device)
         latents.append(built.codec.encode(tensor[None]).cpu())
         masks.append(built.masks(torch.from_numpy(label)[None].to(job.device)).cpu())

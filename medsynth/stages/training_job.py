@@ -121,9 +121,9 @@ class Job:
         Args:
             built: its codec and mask encoder are used.
         """
-        encoded = []
-        for patient in self.patients():
-            latents = built.codec.encode(patient.images.to(self.device)).cpu()
-            masks = built.masks(patient.labels.to(self.device)).cpu()
-            encoded.append((patient.patient_id, latents, masks))
-        return encoded
+        return [(patient.patient_id, *self.encoded(built, patient)) for patient in self.patients()]
+
+    def encoded(self, built: Generator, patient: Patient) -> tuple[Tensor, Tensor]:
+        """Return latents and encoded masks of one patient, on the CPU."""
+        latents, masks = built.codec.encode(patient.images.to(self.device)), built.masks(patient.labels.to(self.device))
+        return latents.cpu(), masks.cpu()
