@@ -45,6 +45,7 @@ _CHECKPOINT = "checkpoint.pt"
 _JOURNAL = "steps.jsonl"
 SCRATCH = (_CHECKPOINT, _JOURNAL, f"{_JOURNAL}.lock")
 """Files that are there only until the stage is finished."""
+_BEHIND = "behind"  # in the state: the ledger's last line before the training was reserved
 _CLAIM = 5  # steps that are claimed, and at worst lost, together
 _PREFLIGHT_UNITS = 4
 _EPSILON_POINTS = 8
@@ -79,7 +80,6 @@ def choose_trainable(settings: Train, built: Generator) -> int:
 def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     """Take T steps of DP-SGD on patients; see the module's first lines for what a kill means."""
     from medsynth.privacy.entropy import open_entropy
-    from medsynth.privacy.journal import StepJournal
     from medsynth.privacy.mechanism import DpSgd
     from medsynth.privacy.preflight import refuse_modules
 
@@ -87,6 +87,7 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     model = built.denoiser.train()
     refuse_modules(model)
     public = public_batches(job, built)
+    _name_reservation(job, state)
     # A run that goes on takes the norm that was reserved: computed again, its last digit may differ.
     clip_norm = settings.clip_norm or _reserved_norm(job, state) or _public_gradient_norm(model, public)
     backend, evidence = _checked_backend(job, model, public, clip_norm)
@@ -99,20 +100,40 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
         clip_norm=clip_norm,
         denominator=settings.sampling_rate * trained,
     )
-    path = job.folder / _JOURNAL
-    if "training" not in state["entries"] or not path.exists():
-        # Without the journal of its spent steps no earlier reservation can be gone on with: this one is new.
-        path.unlink(missing_ok=True)
-        if state["entries"].pop("training", None):
-            job.save(state)
-        # Before the state names the reservation: without a journal nothing could go on with it.
-        StepJournal(path, settings.steps)
-        state["entries"]["training"] = job.reserve([mechanism], preflight=evidence.to_json(), sensitivity=_unit(job))
-        job.save(state)
+    journal = _reserve(job, state, mechanism, evidence)
     _require_reserved(job, mechanism, state["entries"]["training"])
-    journal = StepJournal(path, settings.steps)
     curve = _epsilon_curve(job, mechanism, state["entries"]["training"])
     _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy), curve)
+
+
+def _reserve(job: Job, state: dict[str, Any], mechanism: DpSgd, evidence: Evidence) -> StepJournal:
+    """Return the journal of the reservation that the state names; there is a new one of both where one is missing."""
+    from medsynth.privacy.journal import StepJournal
+
+    path, entries = job.folder / _JOURNAL, state["entries"]
+    if "training" not in entries or not path.exists():
+        # Without the journal of its spent steps no earlier reservation can be gone on with: this one is new.
+        path.unlink(missing_ok=True)
+        entries.pop("training", None)
+        state.pop(_BEHIND, None)
+        job.save(state)
+        # Before the state says where the reservation will be: without a journal nothing could go on with it.
+        StepJournal(path, mechanism.steps)
+        state[_BEHIND] = job.ledger.head
+        job.save(state)
+        entries["training"] = job.reserve([mechanism], preflight=evidence.to_json(), sensitivity=_unit(job))
+        job.save(state)
+    return StepJournal(path, mechanism.steps)
+
+
+def _name_reservation(job: Job, state: dict[str, Any]) -> None:
+    """Name the reservation of a run that was killed before its state could: nobody took a step of it."""
+    if "training" in state["entries"] or _BEHIND not in state:
+        return
+    job.ledger.reconcile()  # the account is written first
+    for entry in job.ledger.entries():
+        if (entry["previous"], entry["config_digest"]) == (state[_BEHIND], job.digest):
+            state["entries"]["training"] = entry["id"]
 
 
 def _reserved(job: Job, entry: str | None) -> dict[str, Any]:

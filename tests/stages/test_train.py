@@ -239,6 +239,27 @@ def test_a_run_killed_as_it_was_reserved_goes_on_with_that_reservation(
     assert len(reservations(inputs)) == 1
 
 
+def test_a_run_killed_before_its_state_names_the_reservation_does_not_pay_twice(
+    study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    save = Job.save
+
+    def stopped(job: Job, state: dict[str, Any]) -> None:
+        if "training" in state["entries"]:
+            raise Killed
+        save(job, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "save", stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    assert [entry["status"] for entry in reservations(inputs)] == ["reserved"]
+    taken = steps_taken(monkeypatch)
+    train.run(study, inputs, inputs["generator"], Tracker())
+    assert len(taken) == T and [entry["status"] for entry in reservations(inputs)] == ["complete"]
+
+
 def test_a_run_killed_after_its_last_step_ends_with_the_same_weights(
     study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
