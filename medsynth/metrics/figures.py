@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ NAMES = {"real_only": "real only", "synthetic_only": "synthetic only", "mixed": 
 _REAL, _SYNTHETIC, _GREY = COLOURS["real_only"], COLOURS["synthetic_only"], "#8a8f98"
 _CONTOURS = ("#ffd166", "#4cc9f0", "#f72585", "#80ed99", "#ff9f1c", "#b892ff")
 _DPI = 110
+_BINS = 24  # of a histogram; fewer whole numbers get a bin each
+_CURVES = (_SYNTHETIC, "#7b5ea7", "#2a9d8f")
+_LINES = ("#2a9d8f", "#b08900")
+_RUNS = ("#d1603d", "#7b5ea7", "#6a994e", "#b08900", "#c2417f", "#5c677d")
+_GAP = 0.45  # decades between the largest epsilon and infinity
+_ASIDE, _BESIDE = 0.035, 0.02  # decades between series, and between runs of one epsilon
+_SIDE = 1.025  # factor between curves at one number of patients
 
 
 def montage(rows: Mapping[str, Sequence[tuple[Tensor, Tensor]]], path: Path, upright: bool) -> None:
@@ -139,20 +147,26 @@ def roc(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None
     _save(figure, path)
 
 
-def volumes(sizes: Mapping[str, tuple[np.ndarray, np.ndarray]], unit: str, path: Path) -> None:
-    """Draw the distribution of each label's size in real and synthetic records.
+def label_maps(values: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], path: Path) -> None:
+    """Draw what was measured on label maps of held-out patients and on synthetic ones: a row a label, a column each.
 
     Args:
-        sizes: by label, real and synthetic sizes.
-        unit: of the sizes.
+        values: by label and by measure (with its unit), real and synthetic values; NaN is left out.
         path: PNG to write.
     """
-    figure, axes = _figure(3.6 * len(sizes), 2.8, 1, len(sizes))
-    for axis, (name, (real, synthetic)) in zip(axes[0], sizes.items(), strict=True):
-        _two_histograms(axis, real, synthetic, "real (train)")
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel(f"size ({unit})")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    columns = max(len(row) for row in values.values())
+    figure, axes = _figure(2.9 * columns, 2.3 * len(values), len(values), columns)
+    for line, (label, row) in zip(axes, values.items(), strict=True):
+        for axis, (name, pair) in zip(line, row.items(), strict=True):
+            real, synthetic = (side[~np.isnan(side)] for side in pair)
+            _two_histograms(axis, real, synthetic, "real (held out)")
+            axis.set_xlabel(name, fontsize=9)
+            axis.set_ylabel("")
+            axis.tick_params(labelsize=8)
+            axis.margins(x=0.02)
+        line[0].set_ylabel(f"{label}\nshare (%)")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.subplots_adjust(wspace=0.25, hspace=0.55)
     _save(figure, path)
 
 
@@ -172,8 +186,100 @@ def losses(series: Mapping[str, Sequence[float]], path: Path) -> None:
     _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A mean with its 95 % interval at a place on the horizontal axis; the place may be infinite."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
+def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, float], path: Path, note: str) -> None:
+    """Draw skill against epsilon, both with their intervals; infinite epsilon stands apart at the right.
+
+    Args:
+        series: by legend, points at their epsilon; several at one epsilon lie side by side.
+        lines: by legend, heights that need no epsilon.
+        path: PNG to write.
+        note: small print below the axis.
+    """
+    figure, axes = _figure(6.4, 3.8, 1, 1)
+    axis = axes[0][0]
+    found = sorted({point.x for points in series.values() for point in points})
+    finite = [x for x in found if np.isfinite(x)]
+    places = {x: float(np.log10(x)) for x in finite}
+    last = max(places.values(), default=0.0)
+    places |= {x: last + _GAP for x in found if not np.isfinite(x)}
+    for height, style, text in ((0.0, "--", "image-blind floor (0)"), (1.0, "-", "all real patients (1)")):
+        axis.axhline(height, color=_GREY, ls=style, lw=1.2, label=text)
+    for (name, height), colour in zip(lines.items(), _LINES, strict=False):
+        axis.axhline(height, color=colour, ls=":", lw=1.6, label=name)
+    for turn, ((name, points), colour) in enumerate(zip(series.items(), _CURVES, strict=False)):
+        crowd = {x: sum(point.x == x for point in points) for x in found}
+        seen = dict.fromkeys(found, 0)
+        for point in sorted(points, key=lambda one: one.x):
+            aside = _ASIDE * (turn - (len(series) - 1) / 2) + _BESIDE * (seen[point.x] - (crowd[point.x] - 1) / 2)
+            seen[point.x] += 1
+            label = name if sum(seen.values()) == 1 else None
+            _point(axis, places[point.x] + aside, point, colour, label)
+    axis.set_xticks(list(places.values()), [f"{x:g}" if np.isfinite(x) else "∞\nnot private" for x in places])
+    axis.set_xlim(min(places.values()) - 0.2, max(places.values()) + 0.2)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(max(bottom, -1.0), min(max(top, 1.08), 2.0))
+    axis.set(xlabel=f"epsilon for a whole patient\n{note}".strip(), ylabel="skill on held-out patients")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def dice_by_patients(
+    curves: Mapping[str, Sequence[Point]], lines: Mapping[str, float], floor: float, path: Path, note: str
+) -> None:
+    """Draw Dice against the number of real patients; what needs no real patient is a horizontal line.
+
+    Args:
+        curves: by legend, points at their number of patients; ``mixed, RUN`` has the colour of the line ``RUN``.
+        lines: by run, Dice of synthetic pairs alone.
+        floor: Dice of the constant mean shape.
+        path: PNG to write.
+        note: small print below the axis.
+    """
+    figure, axes = _figure(6.8, 4.2, 1, 1)
+    axis = axes[0][0]
+    colours = dict(zip(lines, _RUNS * len(lines), strict=False))
+    axis.axhline(floor, color=_GREY, ls="--", lw=1.3, label="image-blind floor")
+    for run, height in lines.items():
+        axis.axhline(height, color=colours[run], ls=":", lw=1.8, label=f"synthetic only, {run}")
+    plain = iter((_REAL, _CURVES[2]))
+    numbers: set[float] = set()
+    for turn, (name, points) in enumerate(curves.items()):
+        run = name.removeprefix("mixed, ")
+        colour = colours[run] if run in colours else next(plain)
+        at = [point.x * _SIDE ** (turn - (len(curves) - 1) / 2) for point in points]
+        numbers |= {point.x for point in points}
+        axis.plot(at, [point.mean for point in points], "-", color=colour, lw=1.4)
+        for x, point in zip(at, points, strict=True):
+            _point(axis, x, point, colour, name if point is points[0] else None, number=False)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(numbers), [f"{x:g}" for x in sorted(numbers)])
+    axis.minorticks_off()
+    axis.set(xlabel=f"real patients to train on\n{note}".strip(), ylabel="Dice on held-out patients")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def _point(axis: Axes, x: float, point: Point, colour: str, label: str | None, number: bool = True) -> None:
+    axis.plot([x, x], [point.low, point.high], color=colour, lw=2.0, solid_capstyle="round", alpha=0.8)
+    axis.plot([x], [point.mean], "o", color=colour, ms=6, label=label)
+    if number:
+        axis.annotate(f"{point.mean:.2f}", (x, point.mean), (6, 2), textcoords="offset points", fontsize=8)
+
+
 def _two_histograms(axis: Axes, real: np.ndarray, synthetic: np.ndarray, name: str) -> None:
-    edges = np.histogram_bin_edges(np.concatenate([real, synthetic]), bins=24)
+    both = np.concatenate([real, synthetic])
+    whole = bool(both.size and np.all(both == both.round()) and np.ptp(both) < _BINS)
+    edges = np.arange(both.min() - 0.5, both.max() + 1) if whole else np.histogram_bin_edges(both, bins=_BINS)
     for values, colour, label in ((real, _REAL, name), (synthetic, _SYNTHETIC, "synthetic")):
         weights = np.full(len(values), 100 / max(1, len(values)))
         axis.hist(values, bins=edges.tolist(), weights=weights, color=colour, alpha=0.55, label=label)

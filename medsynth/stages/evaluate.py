@@ -23,6 +23,7 @@ from medsynth.imaging.cohort import Patient, load_pairs, load_patients
 from medsynth.metrics import figures
 from medsynth.metrics.agreement import label_agreement
 from medsynth.metrics.fidelity import discrepancy, similarity_within
+from medsynth.metrics.label_maps import Anatomy, anatomy, compare
 from medsynth.metrics.memorisation import Nearness, nearness
 from medsynth.metrics.overlap import (
     bootstrap,
@@ -33,12 +34,12 @@ from medsynth.metrics.overlap import (
     patient_means,
     skill,
 )
-from medsynth.models.autoencoder import load_codec
 from medsynth.models.segmenter import load_segmenter, predict
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import derive_seed, generator
 from medsynth.release import spending
 from medsynth.release.audits import ROC, read_findings
+from medsynth.stages.codec_quality import codec_quality
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.report_page import write_page
 from medsynth.store import Manifest
@@ -47,10 +48,10 @@ from medsynth.tracking import Tracker
 Network = Callable[[Tensor], Tensor]
 _READ = ("cohort", "autoencoder", "synthetic", "segmenter")
 _SSIM_PAIRS = 32
-_RECONSTRUCTED = 32  # records that show the codec's error
+_MEASURED_MAPS = 400  # of each crowd, at most
 _FALSE_ALARMS = 0.01
 # Pictures of real patients never leave the report folder for the tracking store.
-_TRACKED = ("dice.png", "synthetic.png", "memorisation.png", "volumes.png", "losses.png")
+_TRACKED = ("dice.png", "synthetic.png", "memorisation.png", "label_maps.png", "losses.png")
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
@@ -103,7 +104,7 @@ class _Series:
     """Distributions that are drawn but not written as numbers."""
 
     nearness: Nearness
-    volumes: dict[str, tuple[np.ndarray, np.ndarray]]
+    anatomy: dict[str, Anatomy]
     losses: dict[str, list[float]]
 
 
@@ -135,7 +136,7 @@ def _measure(config: Study, data: _Data, folders: Mapping[str, Path], ledger: Pa
     dice, floor = _dice(config, data)
     near = nearness(_records(data.train), _records(data.test), data.images)
     epsilon = Ledger(ledger).spent(config.privacy.delta) if config.privacy.private else math.inf
-    volumes = _volumes(config, data)
+    crowds = _anatomy(config, data)
     report = {
         "study": config.name,
         "unit": "patient",
@@ -158,11 +159,11 @@ def _measure(config: Study, data: _Data, folders: Mapping[str, Path], ledger: Pa
             "held_out_median": float(np.median(near.held_out)),
         },
         "fidelity": _fidelity(config, data),
-        "masks": {name: {"real": _summary(a), "synthetic": _summary(b)} for name, (a, b) in volumes.items()},
-        "reconstruction": _reconstruction(data, folders["autoencoder"]),
+        "label_maps": compare(crowds["real"], crowds["synthetic"], crowds["train"], _names(config)),
+        "reconstruction": codec_quality(data.test, folders["autoencoder"], _real_networks(data), config.grid.classes),
     }
     losses = json.loads((folders["segmenter"] / "training.json").read_text(encoding="utf-8"))["loss"]
-    return report, _Series(near, volumes, losses)
+    return report, _Series(near, crowds, losses)
 
 
 def _dice(config: Study, data: _Data) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,8 +208,12 @@ def _relative(dice: Mapping[str, Any]) -> dict[str, float]:
     return {name: block["mean"] / real for name, block in dice.items() if name != "real_only" and real > 0}
 
 
+def _real_networks(data: _Data) -> list[Network]:
+    return list(data.networks.get("real_only", {}).values())
+
+
 def _agreement(config: Study, data: _Data) -> dict[str, Any] | None:
-    networks = list(data.networks.get("real_only", {}).values())
+    networks = _real_networks(data)
     if not networks:
         return None
     count = config.evaluate.agreement_pairs
@@ -229,30 +234,22 @@ def _fidelity(config: Study, data: _Data) -> dict[str, float]:
     }
 
 
-def _volumes(config: Study, data: _Data) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return each label's size in every real and every synthetic record (mm^dims, or pixels without a spacing)."""
-    voxel = math.prod(config.grid.spacing_mm or (1.0,))
-    real = torch.cat([patient.labels for patient in data.train])
-
-    def sizes(labels: Tensor, value: int) -> np.ndarray:
-        return np.asarray((labels == value).flatten(1).sum(dim=1).double().numpy() * voxel)
-
-    names = {value: name for value, name in sorted(config.grid.labels.items()) if value > 0}
-    return {name: (sizes(real, value), sizes(data.labels, value)) for value, name in names.items()}
+def _names(config: Study) -> list[str]:
+    return [name for value, name in sorted(config.grid.labels.items()) if value > 0]
 
 
-def _summary(values: np.ndarray) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [10, 50, 90])
-    return {"mean": float(values.mean()), "p10": float(low), "median": float(middle), "p90": float(high)}
-
-
-def _reconstruction(data: _Data, folder: Path) -> dict[str, float]:
-    """Return what the latent codec alone loses of real images in [-1, 1]."""
-    images = _records(data.test)[:_RECONSTRUCTED]
-    codec = load_codec(folder)
-    error = codec.decode(codec.encode(images)) - images
-    mse = max(float(error.square().mean()), 1e-12)
-    return {"mae": float(error.abs().mean()), "psnr_db": 10 * math.log10(4 / mse)}
+def _anatomy(config: Study, data: _Data) -> dict[str, Anatomy]:
+    """Measure the label maps of held-out patients, of the synthetic pairs, and of train patients as a yardstick."""
+    crowds = {
+        "real": torch.cat([patient.labels for patient in data.test]),
+        "synthetic": data.labels,
+        "train": torch.cat([patient.labels for patient in data.train]) if data.train else data.labels[:0],
+    }
+    spread = {name: np.linspace(0, len(m) - 1, min(len(m), _MEASURED_MAPS)).astype(int) for name, m in crowds.items()}
+    return {
+        name: anatomy([maps[index].numpy() for index in spread[name]], config.grid.classes, config.grid.spacing_mm)
+        for name, maps in crowds.items()
+    }
 
 
 def _records(patients: list[Patient]) -> Tensor:
@@ -268,9 +265,30 @@ def _draw(config: Study, data: _Data, report: Mapping[str, Any], series: _Series
     figures.montage({"synthetic": synthetic}, folder / "synthetic.png", upright)
     figures.dice(report["dice"], report["floor"], folder / "dice.png")
     figures.distances(series.nearness.synthetic, series.nearness.held_out, folder / "memorisation.png")
-    unit = f"mm{config.grid.spatial_dims}".replace("2", "²").replace("3", "³") if upright else "pixels"
-    figures.volumes(series.volumes, unit, folder / "volumes.png")
+    figures.label_maps(_drawn_measures(config, series.anatomy), folder / "label_maps.png")
     figures.losses(series.losses, folder / "losses.png")
+
+
+def _drawn_measures(
+    config: Study, crowds: Mapping[str, Anatomy]
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    flat = config.grid.spatial_dims == 2
+    units = ("pixels", "pixels") if config.grid.spacing_mm is None else (("mm²", "mm") if flat else ("mm³", "mm²"))
+    titles = {
+        "volume": f"{'area' if flat else 'volume'} ({units[0]})",
+        "surface": f"{'perimeter' if flat else 'surface'} ({units[1]})",
+        "components": "separate parts",
+        "touching": "share of border at other labels",
+    }
+    if config.grid.classes == 2:
+        titles.pop("touching")
+    return {
+        name: {
+            title: (crowds["real"].measures[kind][:, index], crowds["synthetic"].measures[kind][:, index])
+            for kind, title in titles.items()
+        }
+        for index, name in enumerate(_names(config))
+    }
 
 
 def _tracked(report: Mapping[str, Any]) -> dict[str, float]:
@@ -284,6 +302,8 @@ def _tracked(report: Mapping[str, Any]) -> dict[str, float]:
         values["agreement"] = report["agreement"]["mean"]
     values.update({f"relative_to_real/{name}": value for name, value in report["relative_to_real"].items()})
     values.update({f"fidelity/{name}": value for name, value in report["fidelity"].items()})
+    if report["label_maps"]["plausible"]["synthetic"] is not None:
+        values["label_maps/plausible"] = report["label_maps"]["plausible"]["synthetic"]
     values["memorisation/median_ratio"] = report["memorisation"]["median_ratio"]
     return values
 

@@ -21,7 +21,7 @@ _FIGURES = (
         "Mean and 95 % bootstrap interval over patients; dashed: a constant mean shape.",
     ),
     ("memorisation.png", "Nearest training image", "Synthetic images should be no nearer than other patients are."),
-    ("volumes.png", "Label sizes", "Every synthetic label map against every real one of the train patients."),
+    ("label_maps.png", "Label maps", "What synthetic label maps and those of held-out patients measure."),
     (
         "roc.png",
         "Membership attack on the generator",
@@ -99,7 +99,8 @@ def page(title: str, subtitle: str, body: str) -> str:
 
 def reading(report: Mapping[str, Any]) -> list[str]:
     """Return what the numbers mean, in plain sentences."""
-    lines = [*_read_dice(report), *_read_agreement(report), _read_memorisation(report["memorisation"])]
+    lines = [*_read_dice(report), *_read_agreement(report), *_read_label_maps(report["label_maps"])]
+    lines.append(_read_memorisation(report["memorisation"]))
     if report["epsilon"] == "inf":
         lines.append("Training was not private: nothing of this study can be certified.")
     else:
@@ -165,6 +166,16 @@ def _read_agreement(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _read_label_maps(found: Mapping[str, Any]) -> list[str]:
+    drawn, yardstick = found["plausible"]["synthetic"], found["plausible"]["train"]
+    if drawn is None or yardstick is None:
+        return []
+    return [
+        f"{drawn:.0%} of the synthetic label maps lie in the range of the held-out patients in volume, surface, parts "
+        f"and neighbours of every label; so do {yardstick:.0%} of the train patients' own."
+    ]
+
+
 def _read_memorisation(near: Mapping[str, Any]) -> str:
     ratio, share = near["median_ratio"], near["nearer_than_held_out_p5"]
     suspicious = ratio < _COPY_RATIO or share > _COPY_SHARE
@@ -216,14 +227,16 @@ def _others(report: Mapping[str, Any]) -> str:
         [
             "Latent codec on patients, PSNR",
             f"{codec['psnr_db']:.1f} dB",
-            f"mean error {codec['mae']:.4f} of a range of 2",
+            f"SSIM {codec['ssim']:.3f}, mean error {codec['mae']:.4f} of a range of 2",
         ],
     ]
-    for name, sizes in report["masks"].items():
-        real, synthetic = sizes["real"], sizes["synthetic"]
-        rows.append(
-            [f"Median size of {escape(name)}", f"{synthetic['median']:.0f}", f"{real['median']:.0f} in real patients"]
-        )
+    if codec["dice"]:
+        seen, real = (number(codec["dice"][name]) for name in ("reconstructions", "originals"))
+        rows.append(["Dice of real-trained models on patients passed through the codec", seen, f"{real} on originals"])
+    for name, label in report["label_maps"]["labels"].items():
+        sizes = label["measures"]["volume"]
+        drawn, real = (number(sizes.get(crowd, {}).get("p50"), 0) for crowd in ("synthetic", "real"))
+        rows.append([f"Median size of {escape(name)}", drawn, f"{real} in held-out patients"])
     return table(["measurement", "synthetic", "yardstick"], rows)
 
 

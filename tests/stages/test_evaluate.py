@@ -81,6 +81,15 @@ def test_the_report_holds_what_was_promised(finished: tuple[Path, Recorder, Stud
     assert report["relative_to_real"]["synthetic_only"] == pytest.approx(expected)
 
 
+def test_label_maps_and_codec_are_measured_beside_real_ones(finished: tuple[Path, Recorder, Study]) -> None:
+    report = json.loads((finished[0] / "report.json").read_text())
+    volume = report["label_maps"]["labels"]["organ"]["measures"]["volume"]
+    assert volume["real"]["p50"] > 0 and volume["wasserstein"] >= 0 and report["label_maps"]["plausible"]["train"] >= 0
+    codec = report["reconstruction"]
+    assert codec["ssim"] > 0.99 and codec["dice"]["reconstructions"] == pytest.approx(codec["dice"]["originals"])
+    assert (finished[0] / "label_maps.png").stat().st_size > 5_000
+
+
 def test_the_page_is_self_contained_and_names_no_patient(finished: tuple[Path, Recorder, Study]) -> None:
     page = (finished[0] / "report.html").read_text()
     assert "INTERNAL" in page and page.count("data:image/png;base64,") == 5
@@ -90,7 +99,7 @@ def test_the_page_is_self_contained_and_names_no_patient(finished: tuple[Path, R
 
 def test_no_picture_of_a_patient_reaches_the_tracker(finished: tuple[Path, Recorder, Study]) -> None:
     _, recorder, _ = finished
-    names = {"dice", "synthetic", "memorisation", "volumes", "losses"}
+    names = {"dice", "synthetic", "memorisation", "label_maps", "losses"}
     assert recorder.figures == {f"evaluate/{name}.png" for name in names}
     assert {"dice/real_only", "dice/mixed/organ", "floor", "agreement", "epsilon"} <= set(recorder.values)
 
@@ -119,11 +128,13 @@ def test_a_dice_at_the_floor_is_called_what_it_is() -> None:
         "floor": {"mean": 0.68},
         "relative_to_real": {"synthetic_only": 0.8},
         "agreement": {"mean": 0.2},
+        "label_maps": {"plausible": {"synthetic": 0.25, "train": 0.8}},
         "memorisation": {"median_ratio": 0.3, "nearer_than_held_out_p5": 0.9},
         "epsilon": "inf",
     }
     text = " ".join(report_page.reading(report))
     assert "next to nothing was learnt" in text and "do not obey" in text and "look at the pictures" in text
+    assert "25% of the synthetic label maps" in text and "80%" in text
 
 
 def test_numbers_that_json_cannot_hold_are_translated() -> None:
