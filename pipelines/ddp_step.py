@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from medsynth.devices import rank_and_size
 from medsynth.privacy.distributed import Ranks, close_ranks, open_ranks
 from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import Backend, Batch, ClippedSum, open_backend, trainable
@@ -143,7 +144,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if rank_and_size()[1] < 2:
         parser.error("start it with torchrun --nproc-per-node 2 -m pipelines.ddp_step")
     ranks = open_ranks()
     configuration = {TINY.name: TINY, **CONFIGURATIONS}[arguments.config]

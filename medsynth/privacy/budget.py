@@ -50,11 +50,6 @@ class BudgetPlan:
     delta: float
     mu: float
 
-    @property
-    def all_events(self) -> tuple[Event, ...]:
-        """Every planned event of every stage."""
-        return tuple(event for events in self.events.values() for event in events)
-
 
 @lru_cache(maxsize=32)
 def plan_budget(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:

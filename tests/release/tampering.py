@@ -216,17 +216,18 @@ def edit_nodes(release: Path, edit: Callable[[list[dict[str, Any]]], object]) ->
     payload.write_json(release / "ancestry.json", nodes)
 
 
-def append_reservation(release: Path) -> None:
+def append_reservation(release: Path, noise_source: str = "os") -> Ledger:
     ledger = Ledger(release / "ledger.jsonl")
     ledger.reserve(
         "masks",
         [Event("gaussian", 50.0)],
         epsilon=8,
         delta=1e-4,
-        noise_source="os",
+        noise_source=noise_source,
         config_digest="c",
         parents=ledger.entries()[0]["parents"],
     )
+    return ledger
 
 
 MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {

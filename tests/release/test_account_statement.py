@@ -50,6 +50,19 @@ def charged(run: Path) -> Account:
     return open_account(accounts(), PEOPLE, ledger=run / "ledger.jsonl", cohort=cohort)
 
 
+def reserve(ledger: Ledger, event: Event = OTHER, trials: int = 1) -> None:
+    ledger.reserve(
+        "masks",
+        [event],
+        epsilon=8.0,
+        delta=1e-4,
+        noise_source="os",
+        config_digest="c" * 64,
+        parents={"cohort": "d" * 64},
+        trials=trials,
+    )
+
+
 def certified(run: Path, study: Study) -> dict[str, Any]:
     import base64
 
@@ -132,15 +145,7 @@ def test_a_certificate_counts_what_other_runs_reserved(fake_run: Run, fake_study
     run = fake_run()
     account = charged(run)
     other = Ledger(run.parent / "other.jsonl", account)
-    other.reserve(
-        "masks",
-        [OTHER],
-        epsilon=8.0,
-        delta=1e-4,
-        noise_source="os",
-        config_digest="c" * 64,
-        parents={"cohort": "d" * 64},
-    )
+    reserve(other)
     account.release(other.entries(), RELEASE)
     statement = certified(run, fake_study())
     said, claim = statement["predicate"]["account"], statement["predicate"]["claim"]
@@ -172,15 +177,7 @@ def test_a_certificate_with_a_ledger_of_another_cohort_is_refused(fake_run: Run,
     run = fake_run()
     elsewhere = open_account(accounts(), {"b2" * 32}, ledger=run.parent / "none.jsonl", cohort="d" * 64)
     book = Ledger(run / "ledger.jsonl", charged(run))
-    book.reserve(
-        "masks",
-        [OTHER],
-        epsilon=8.0,
-        delta=1e-4,
-        noise_source="os",
-        config_digest="c" * 64,
-        parents={"cohort": "d" * 64},
-    )
+    reserve(book)
     inputs = {"synthetic": run / "synthetic", "keys": run / "keys", "ledger": book.path, "account": elsewhere.folder}
     with pytest.raises(PrivacyError, match="another cohort"):
         certify.run(fake_study(), inputs, run / "certificate", Tracker())
@@ -204,16 +201,7 @@ def test_pitfall_14_a_sweep_whose_studies_cost_more_than_the_claim_is_refused(fa
     account = charged(run)
     cheap, dear = (Ledger(run.parent / f"{name}.jsonl", account) for name in ("cheap", "dear"))
     for book, noise in ((cheap, 20.0), (dear, 4.0)):
-        book.reserve(
-            "masks",
-            [Event("gaussian", noise)],
-            epsilon=8.0,
-            delta=1e-4,
-            noise_source="os",
-            config_digest="c" * 64,
-            parents={"cohort": "d" * 64},
-            trials=2,
-        )
+        reserve(book, Event("gaussian", noise), trials=2)
     ancestry, privacy = walk(run / "synthetic", {}), fake_study().privacy
     assert any("of this sweep reserved" in reason for reason in gate.refusals(ancestry, cheap, privacy))
     assert not any("of this sweep reserved" in reason for reason in gate.refusals(ancestry, dear, privacy))

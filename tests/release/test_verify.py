@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tampering import FORGERIES, IMAGE, MUTATIONS, empty_ledger, failed, lines, predicate_of, sign_again
+from tampering import (
+    FORGERIES,
+    IMAGE,
+    MUTATIONS,
+    append_reservation,
+    empty_ledger,
+    failed,
+    lines,
+    predicate_of,
+    sign_again,
+)
 
 from medsynth.errors import VerificationError
 from medsynth.privacy.ledger import Ledger
@@ -97,19 +107,7 @@ def test_a_page_with_a_second_promise_fails_whoever_signed_it(release: Path, tmp
 
 
 def test_tainted_ledger_fails(release: Path, tmp_path: Path) -> None:
-    ledger = Ledger(release / "ledger.jsonl")
-    first = ledger.entries()[0]
-    from medsynth.privacy.accounting import Event
-
-    ledger.reserve(
-        "masks",
-        [Event("gaussian", 50.0)],
-        epsilon=8,
-        delta=1e-4,
-        noise_source="test_only",
-        config_digest="c",
-        parents=first["parents"],
-    )
+    ledger = append_reservation(release, "test_only")
     sign_again(release, tmp_path / "attacker", lambda p: p["ledger"].update(head=ledger.head), refresh=True)
     assert "repeatable noise" in failed(release)
 
