@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medsynth.release.marks import DATASET_CARD, PRIVACY_PAGE
 from medsynth.release.signing import fingerprint
 
 _HOW = """\
@@ -29,6 +30,20 @@ That takes a minute and less than 200 MB; it loads no PyTorch and needs no GPU, 
 network. It ends with `VERIFIED` and exit code 0 only when everything holds."""
 _RELATIONS = {"add_or_remove_one": "one patient added or removed"}
 _ACCOUNTANTS = {"pld": "privacy-loss distributions (PLD)"}
+
+
+def pages(predicate: Mapping[str, Any], signer: str) -> dict[str, str]:
+    """Return the text of every page of a certified release by its name.
+
+    Args:
+        predicate: what the certificate says.
+        signer: id of the key that signs.
+    """
+    about, pairs = predicate["dataset"], predicate["build"]["pairs"]
+    return {
+        DATASET_CARD: dataset_card(about, pairs, predicate["claim"]),
+        PRIVACY_PAGE: privacy_page(predicate, signer),
+    }
 
 
 def promise_line(claim: Mapping[str, Any]) -> str:

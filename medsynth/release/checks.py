@@ -25,10 +25,8 @@ from medsynth.release.manifests import release_manifest
 from medsynth.release.marks import (
     ANCESTRY,
     CERTIFICATE,
-    DATASET_CARD,
     ENDORSEMENTS,
     LEDGER,
-    PRIVACY_PAGE,
     PUBLIC_KEY,
     STATEMENT_TYPE,
     UNCERTIFIED,
@@ -303,13 +301,8 @@ def limits(release: Release) -> list[str]:
 
 def words(release: Release) -> list[str]:
     """Whether the pages for people are, byte for byte, the ones that follow from the certificate."""
-    said, key = release.predicate, signing.key_id(release.pem)
-    wanted = {
-        DATASET_CARD: card.dataset_card(said["dataset"], said["build"]["pairs"], said["claim"]),
-        PRIVACY_PAGE: card.privacy_page(said, key),
-    }
     problems = []
-    for name, text in wanted.items():
+    for name, text in card.pages(release.predicate, signing.key_id(release.pem)).items():
         found, expected = (release.folder / name).read_bytes(), text.encode()
         if found == expected:
             continue

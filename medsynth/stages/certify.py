@@ -148,7 +148,8 @@ def _state(
     def state_without(last: str) -> dict[str, Any]:
         others = ledger.account.others(entries, last) if ledger.account is not None else None
         said = predicate(account=spending.account(others, entries, config.privacy.delta))
-        _write_words(body, said, signing.key_id(signing.public_pem(key)))
+        for name, text in card.pages(said, signing.key_id(signing.public_pem(key))).items():
+            (body / name).write_text(text, encoding="utf-8")
         return statement.build(store.digest_tree(body), said)
 
     last = ledger.account.last_release(entries) if ledger.account is not None else ""
@@ -194,12 +195,6 @@ def agreeing_accountants(events: list[Event], delta: float) -> dict[str, float]:
             "ledger. Nothing is certified until it is known why: report it with the ledger"
         )
     return values
-
-
-def _write_words(body: Path, said: dict[str, Any], signer: str) -> None:
-    text = card.dataset_card(said["dataset"], said["build"]["pairs"], said["claim"])
-    (body / DATASET_CARD).write_text(text, encoding="utf-8")
-    (body / PRIVACY_PAGE).write_text(card.privacy_page(said, signer), encoding="utf-8")
 
 
 def _sign(out: Path, key: signing.SigningKey, signed: dict[str, Any]) -> None:

@@ -67,9 +67,8 @@ def sign_again(
 
 def write_pages(release: Path, predicate: dict[str, Any], signer: str) -> None:
     """Write the pages that follow from a predicate."""
-    text = card.dataset_card(predicate["dataset"], predicate["build"]["pairs"], predicate["claim"])
-    (release / "DATASET_CARD.md").write_text(text)
-    (release / "PRIVACY.md").write_text(card.privacy_page(predicate, signer))
+    for name, text in card.pages(predicate, signer).items():
+        (release / name).write_text(text)
 
 
 def close_again(release: Path, statement: dict[str, Any]) -> None:
