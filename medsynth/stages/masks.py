@@ -137,6 +137,34 @@ def load_masks(folder: Path) -> MaskGenerator:
     return MaskGenerator(grid, masks, statistics)
 
 
+def noise_shares(statistics: MaskStatistics, space: ShapeSpace, mean_sd: float, spread_sd: float) -> dict[str, float]:
+    """Return how large the privacy noise is beside what the released statistics say; reads no patient.
+
+    Args:
+        statistics: what was released, the covariance diagonal.
+        space: their layout.
+        mean_sd: standard deviation of the noise in each entry of the mean vector.
+        spread_sd: the same of the spread.
+
+    Returns:
+        ``pose`` and ``shape``: length of the noise that is left in the mean, over how far patients are from it (root
+        mean square); ``spread``: length of the noise in the variances over theirs.
+    """
+    sizes = space.band_sizes
+    # _shrink keeps (1 - v) of a coefficient of power P, v = sd^2 / P; from the power S it left, P follows.
+    left = np.bincount(space.bands, statistics.shape_mean**2, space.band_count) / sizes
+    half = mean_sd**2 + left / 2
+    kept = np.where(left > 0, 1 - mean_sd**2 / (half + np.sqrt(np.maximum(half**2 - mean_sd**4, 0))), 0.0)
+    shape_noise = mean_sd * np.sqrt((kept**2 * sizes).sum())
+    pose_noise = mean_sd / _POSE_WEIGHT * np.sqrt(space.pose_size)
+    spread_noise = spread_sd * np.sqrt(space.band_count)
+    return {
+        "pose": float(pose_noise / max(np.sqrt(np.trace(statistics.pose_covariance)), 1e-9)),
+        "shape": float(shape_noise / max(np.sqrt((statistics.spread * sizes).sum()), 1e-9)),
+        "spread": float(spread_noise / max(np.linalg.norm(statistics.spread), 1e-9)),
+    }
+
+
 def _release(config: Study, inputs: Mapping[str, Path], space: ShapeSpace, digest: str, folder: Path) -> str:
     from medsynth.imaging.cohort import load_patients
     from medsynth.privacy.budget import plan_budget

@@ -238,6 +238,25 @@ def test_a_volume_that_is_asked_for_is_the_median_and_every_map_is_drawn_as_unas
         generator.ask(Synthesise(volume_scale={"head": 1e4}), seeds)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_noise_is_told_from_signal_by_what_was_released(rank: int) -> None:
+    grid = Grid(spatial_dims=2 if rank == 2 else 3, shape=(32,) * rank, labels={0: "none", 1: "head", 2: "tail"})
+    settings, released = spread_statistics(grid, "statistics")
+    space = ShapeSpace(grid, settings)
+    assert released is not None
+    noise_sd, rng = 0.3, np.random.default_rng(0)
+    noise = rng.normal(0, noise_sd, space.shape_size)
+    shrunk, kept = masks._shrink(released.shape_mean + noise, space, noise_sd)
+    noisy = MaskStatistics(released.pose_mean, released.pose_covariance, shrunk, released.spread)
+    shares = masks.noise_shares(noisy, space, noise_sd, 1e-5)
+    left = np.linalg.norm(np.sqrt(kept)[space.bands] * noise)
+    differ = np.sqrt((released.spread * space.band_sizes).sum())
+    assert shares["shape"] == pytest.approx(left / differ, rel=0.25)
+    assert shares["pose"] == pytest.approx(0.03 / np.sqrt(4e-3)) and shares["spread"] == pytest.approx(0.1)
+    quiet = masks.noise_shares(noisy, space, noise_sd / 100, 1e-7)
+    assert all(quiet[name] < 0.05 * shares[name] for name in shares)
+
+
 def volume(maps: list[np.ndarray], value: int) -> float:
     return float(np.median([np.count_nonzero(label == value) for label in maps]))
 
