@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medsynth import logs, store
-from medsynth.config import Encode, Grid, Study
+from medsynth.config import Encode, Study
 from medsynth.devices import open_device
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import config_digest
@@ -50,7 +51,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         torch.manual_seed(derive_seed(config.seed, "encode", "weights"))
         codec = build_codec(grid, encode).to(device)
         if encode.codec == "kl":
-            losses = _train(codec, train, grid, encode, config.seed, tracker)
+            losses = _train(codec, train, encode, config.seed, tracker)
         codec.eval().requires_grad_(False)
         codec.calibrate(train)
         quality = reconstruction(codec, held_out)
@@ -69,14 +70,12 @@ def reconstruction(codec: Codec, images: Tensor) -> dict[str, float]:
         codec: the codec.
         images: (batch, channel, \\*spatial) in [-1, 1]; of patients, the result is internal.
     """
-    import math
-
     error = codec.decode(codec.encode(images)) - images
     mean_square = max(float(error.square().mean()), 1e-12)
     return {"mae": float(error.abs().mean()), "psnr_db": 10 * math.log10(4 / mean_square)}
 
 
-def _train(codec: Codec, phantoms: Tensor, grid: Grid, encode: Encode, seed: int, tracker: Tracker) -> list[float]:
+def _train(codec: Codec, phantoms: Tensor, encode: Encode, seed: int, tracker: Tracker) -> list[float]:
     """Train the codec in place and return its loss, one value every :data:`_LOG_EVERY` steps."""
     import torch
 
