@@ -110,6 +110,38 @@ def audit(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the ru
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished runs of one cohort and split")],
+    out: Annotated[Path, typer.Option("--out", help="a folder of its own; compare/ and mlflow/ are made in it")],
+    numbers: Annotated[
+        str | None, typer.Option("--numbers", help="real patients to train on; default 1,2,4,8,20,all")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="of every training; default 0,1,2")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="of surface Dice, mm; default: the coarsest side of a voxel")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a quarter of the steps, numbers 1,4,all, seed 0: to try it, not to quote")
+    ] = False,
+    replace: Replace = False,
+    override: Override = None,
+) -> None:
+    """Measure what pairs are worth beside real patients, strong augmentation and random contrasts; internal.
+
+    A killed comparison goes on with the same command.
+
+    Example: medsynth compare RUN-8 RUN-3 RUN-1 --out COMPARISON --seeds 0,1,2
+    """
+    from medsynth import comparing
+    from medsynth.config import parse_overrides
+
+    settings = comparing.parse_settings(numbers, seeds, tolerance, quick)
+    with accidents.kept_in(out):
+        result = comparing.compare(runs, out, settings, parse_overrides(override or []), replace=replace)
+        comparing.show(result, out)
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Option("--out", help="a new folder")],
     patients: Annotated[

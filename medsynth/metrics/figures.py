@@ -226,6 +226,14 @@ def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, 
             _point(axis, places[point.x] + aside, point, colour, label)
     axis.set_xticks(list(places.values()), [f"{x:g}" if np.isfinite(x) else "∞\nnot private" for x in places])
     axis.set_xlim(min(places.values()) - 0.2, max(places.values()) + 0.2)
+    if not any(np.isfinite(point.mean) for points in series.values() for point in points):
+        axis.text(
+            0.5,
+            0.5,
+            "real training does not beat the floor:\nno skill to speak of",
+            transform=axis.transAxes,
+            ha="center",
+        )
     bottom, top = axis.get_ylim()
     axis.set_ylim(max(bottom, -1.0), min(max(top, 1.08), 2.0))
     axis.set(xlabel=f"epsilon for a whole patient\n{note}".strip(), ylabel="skill on held-out patients")

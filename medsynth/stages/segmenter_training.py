@@ -152,7 +152,7 @@ def train_segmenter(job: Training, device: torch.device) -> tuple[nn.Module, lis
     )
     losses: list[float] = []
     model.train()
-    for images, labels in _batches(job):
+    for images, labels in batches(job):
         loss = loss_of(model(images.to(device, memory_format=layout)), labels[:, None].to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -163,7 +163,7 @@ def train_segmenter(job: Training, device: torch.device) -> tuple[nn.Module, lis
     return model, losses
 
 
-def _batches(job: Training) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(job: Training) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the training batches: each row a pool, a unit of it and one of its records, all drawn evenly."""
     pools = [load_file(path) for path in job.pools]
     if job.units is not None:

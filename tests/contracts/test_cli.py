@@ -20,6 +20,7 @@ VERBS = {
     "synthesise",
     "segment",
     "audit",
+    "compare",
     "evaluate",
     "certify",
     "export",

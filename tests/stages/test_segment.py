@@ -47,12 +47,12 @@ def folders(study: Study, root: Path, train: int = 4, test: int = 2, pairs: int 
     with store.create(root / "cohort", "ingest", "0" * 64) as folder:
         with (folder.path / "cases.csv").open("w", newline="") as handle:
             writer = csv.writer(handle)
-            writer.writerow(["case_id", "patient_id", "split", "source", "records", "labelled"])
+            writer.writerow(["case_id", "patient_id", "split", "source", "records", "labelled", "content"])
             for number in range(train + test):
                 image, label = example()
                 write_case(folder.path, f"case-{number}", image[None], label[None], grid)
                 split = "train" if number < train else "test"
-                writer.writerow([f"case-{number}", f"patient-{number}", split, "nifti", 1, "true"])
+                writer.writerow([f"case-{number}", f"patient-{number}", split, "nifti", 1, "true", f"{number:064x}"])
         folder.finish("private")
     with store.create(root / "synthetic", "synthesise", "0" * 64) as folder:
         for number in range(pairs):
