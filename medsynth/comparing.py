@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,16 @@ def compare(
                 f"'{FOLDER}' in the output folder was made from other runs or settings: pass --replace to make it "
                 "again, or use a new --out"
             )
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StoreError(f"cannot write the output folder: {error.strerror}") from error
     study = sources[0].study
     with (
         open_tracker(study.tracking.uri, study.tracking.experiment, out, FOLDER) as tracker,
         store.set_aside(folder),
     ):
-        tracker.params(config.flatten(study))
+        tracker.params({**config.flatten(study), "compare": str(asdict(settings))})
         for name, parent in comparison.parents_of(sources).items():
             tracker.dataset(name, store.read_manifest(parent).digest, "input")
         comparison.run(sources, folder, tracker, settings)
@@ -141,7 +145,10 @@ def _study(run: Path, number: int, overrides: Mapping[str, Any]) -> Study:
             )
     if not (run / STUDY).is_file():
         raise StoreError(f"run {number} of those given holds no {STUDY}: run a stage of its study there once more")
-    return config.load(run / STUDY, dict(overrides))
+    study = config.load(run / STUDY, dict(overrides))
+    if study.privacy.private and not (run / "ledger.jsonl").is_file():
+        raise StoreError(f"run {number} of those given has no ledger.jsonl: give the whole run folder")
+    return study
 
 
 def _labels(studies: Sequence[Study]) -> list[str]:

@@ -129,6 +129,8 @@ def run(sources: Sequence[Source], out: Path, tracker: Tracker, settings: Settin
         _open(folder.path, digest, parents)
         bench = _bench(sources, folder.path, settings)
         numbers = numbers_of(settings, len(bench.train))
+        if left_out := [number for number in settings.numbers if number > len(bench.train)]:
+            logs.say("compare: the cohort has fewer train patients", left_out=left_out)
         arms = arms_of([one.label for one in sources], numbers)
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=_SCRATCH) as scratch:
             ruler = _ruler(sources[0].study, Path(scratch), settings)
@@ -233,7 +235,7 @@ def _result(
         medsynth_version=__version__,
         protocol=_protocol(bench, ruler, study, settings),
         floor=floor,
-        runs=tuple(_run(one, bench, judges, how) for one in sources),
+        runs=tuple(_run(one, bench, judges, how, study.evaluate.agreement_pairs) for one in sources),
         training_sets=tuple(sets),
     )
 
@@ -256,9 +258,10 @@ def _protocol(bench: Bench, ruler: Ruler, study: Study, settings: Settings) -> P
     )
 
 
-def _run(source: Source, bench: Bench, judges: Sequence[torch.nn.Module], how: Statistician) -> Run:
+def _run(source: Source, bench: Bench, judges: Sequence[torch.nn.Module], how: Statistician, count: int) -> Run:
+    """Return what is measured on a run's pairs; ``count`` of them are judged by networks of real patients."""
     images, labels = bench.pairs[source.label]
-    seed, count = derive_seed(bench.seed, "compare", "crowds"), source.study.evaluate.agreement_pairs
+    seed = derive_seed(bench.seed, "compare", "crowds")
     return Run(
         label=source.label,
         study=source.study.name,

@@ -27,7 +27,6 @@ _WHAT = (
     "contrast: images painted on the run's released label maps in SynthSeg's way, no patient's intensity in them. "
     "Floor: one constant mean shape for everybody."
 )
-_FULL = 0.95  # from here on a skill is called as good as real
 
 
 def draw(result: Comparison, folder: Path) -> None:
@@ -125,15 +124,15 @@ def _read_run(result: Comparison, run: Run) -> str:
 
 
 def equivalent(result: Comparison, one: TrainingSet) -> str:
-    """Return how many real patients a training set is worth, in words."""
+    """Return how many real patients it takes to do better than a training set, in words."""
     dice = _mean(one.dice.all_labels)
     curve = sorted(_of(result, "real_only"), key=lambda point: point.real_patients)
-    beaten = [point.real_patients for point in curve if _mean(point.dice.all_labels) <= dice]
-    if not beaten:
-        return f"Fewer than {curve[0].real_patients + 1} real patient(s) do better."
-    if beaten[-1] == curve[-1].real_patients or (one.skill.mean or 0) >= _FULL:
-        return "That is as good as all real patients here."
-    return f"No better than that are models of up to {beaten[-1]} real patient(s)."
+    better = [_mean(point.dice.all_labels) > dice for point in curve]
+    if not any(better):
+        return "All real patients together do no better."
+    first = better.index(True)
+    enough = f"{curve[first].real_patients} real patient(s) do better"
+    return f"{enough}, {curve[first - 1].real_patients} do not." if first else f"{enough} already."
 
 
 def _share(value: Measured) -> str:

@@ -283,6 +283,9 @@ def test_what_is_no_finished_run_is_refused_without_naming_its_folder(tmp_path: 
         comparing.open_runs([first], first, {})
     with pytest.raises(ConfigError, match="can only change"):
         comparing.open_runs([first], tmp_path / "out", {"grid.shape": [8, 8]})
+    (first / "ledger.jsonl").unlink()
+    with pytest.raises(StoreError, match=r"ledger\.jsonl"):
+        _sources(first)
     (first / "study.yaml").unlink()
     with pytest.raises(StoreError, match=r"study\.yaml"):
         _sources(first)
@@ -332,12 +335,18 @@ def test_what_pairs_are_worth_in_patients_is_said_plainly(finished: tuple[Path, 
     result = finished[1]
     alone = next(one for one in result.training_sets if one.kind == "synthetic_only")
 
-    def worth(dice: float, skill: float) -> str:
-        def value(mean: float) -> Measured:
-            return Measured(mean=mean, ci95=(mean, mean), ci95_with_seeds=(mean, mean))
+    def worth(dice: float) -> str:
+        value = Measured(mean=dice, ci95=(dice, dice), ci95_with_seeds=(dice, dice))
+        return comparison_page.equivalent(
+            result, alone.model_copy(update={"dice": alone.dice.model_copy(update={"all_labels": value})})
+        )
 
-        scores = alone.dice.model_copy(update={"all_labels": value(dice)})
-        return comparison_page.equivalent(result, alone.model_copy(update={"dice": scores, "skill": value(skill)}))
-
-    assert "do better" in worth(-0.1, -1.0) and "as good as all" in worth(1.1, 1.2)
+    one, four = (
+        next(s.dice.all_labels.mean for s in result.training_sets if (s.kind, s.real_patients) == ("real_only", number))
+        for number in (1, 4)
+    )
+    assert worth(1.0) == "All real patients together do no better."
+    assert worth(-0.1) == "1 real patient(s) do better already."
+    if one < four:
+        assert worth((one + four) / 2) == "4 real patient(s) do better, 1 do not."
     assert any("epsilon-inf" in line for line in comparison_page.reading(result))
