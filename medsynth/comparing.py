@@ -54,9 +54,7 @@ def compare(
     sources = open_runs(runs, out, overrides)
     folder = out / FOLDER
     if store.is_done(folder):
-        manifest = store.read_manifest(folder)
-        parents = {name: store.read_manifest(path).digest for name, path in comparison.parents_of(sources).items()}
-        if (manifest.config_digest, dict(manifest.parents)) == (comparison.digest_of(sources, settings), parents):
+        if _is_same(folder, sources, settings):
             logs.say("compare: finished before, skipped")
             return comparison.read_result(folder)
         if not replace:
@@ -64,6 +62,22 @@ def compare(
                 f"'{FOLDER}' in the output folder was made from other runs or settings: pass --replace to make it "
                 "again, or use a new --out"
             )
+    _run(sources, out, settings)
+    return comparison.read_result(folder)
+
+
+def _is_same(folder: Path, sources: Sequence[Source], settings: Settings) -> bool:
+    """Whether a finished comparison was made from the same runs and settings."""
+    from medsynth.stages import comparison
+
+    manifest = store.read_manifest(folder)
+    parents = {name: store.read_manifest(path).digest for name, path in comparison.parents_of(sources).items()}
+    return (manifest.config_digest, dict(manifest.parents)) == (comparison.digest_of(sources, settings), parents)
+
+
+def _run(sources: Sequence[Source], out: Path, settings: Settings) -> None:
+    from medsynth.stages import comparison
+
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -71,13 +85,12 @@ def compare(
     study = sources[0].study
     with (
         open_tracker(study.tracking.uri, study.tracking.experiment, out, FOLDER) as tracker,
-        store.set_aside(folder),
+        store.set_aside(out / FOLDER),
     ):
         tracker.params({**config.flatten(study), "compare": str(asdict(settings))})
         for name, parent in comparison.parents_of(sources).items():
             tracker.dataset(name, store.read_manifest(parent).digest, "input")
-        comparison.run(sources, folder, tracker, settings)
-    return comparison.read_result(folder)
+        comparison.run(sources, out / FOLDER, tracker, settings)
 
 
 def parse_settings(numbers: str | None, seeds: str | None, tolerance: float | None, quick: bool) -> Settings:

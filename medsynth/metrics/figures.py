@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ _LINES = ("#2a9d8f", "#b08900")
 _RUNS = ("#d1603d", "#7b5ea7", "#6a994e", "#b08900", "#c2417f", "#5c677d")
 _GAP = 0.45  # decades between the largest epsilon and infinity
 _ASIDE, _BESIDE = 0.035, 0.02  # decades between series, and between runs of one epsilon
+_NO_SKILL = "real training does not beat the floor:\nno skill to speak of"
 _SIDE = 1.025  # factor between curves at one number of patients
 
 
@@ -207,38 +208,33 @@ def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, 
     """
     figure, axes = _figure(6.4, 3.8, 1, 1)
     axis = axes[0][0]
-    found = sorted({point.x for points in series.values() for point in points})
-    finite = [x for x in found if np.isfinite(x)]
-    places = {x: float(np.log10(x)) for x in finite}
-    last = max(places.values(), default=0.0)
-    places |= {x: last + _GAP for x in found if not np.isfinite(x)}
+    places = _decades({point.x for points in series.values() for point in points})
     for height, style, text in ((0.0, "--", "image-blind floor (0)"), (1.0, "-", "all real patients (1)")):
         axis.axhline(height, color=_GREY, ls=style, lw=1.2, label=text)
     for (name, height), colour in zip(lines.items(), _LINES, strict=False):
         axis.axhline(height, color=colour, ls=":", lw=1.6, label=name)
     for turn, ((name, points), colour) in enumerate(zip(series.items(), _CURVES, strict=False)):
-        crowd = {x: sum(point.x == x for point in points) for x in found}
-        seen = dict.fromkeys(found, 0)
-        for point in sorted(points, key=lambda one: one.x):
-            aside = _ASIDE * (turn - (len(series) - 1) / 2) + _BESIDE * (seen[point.x] - (crowd[point.x] - 1) / 2)
-            seen[point.x] += 1
-            label = name if sum(seen.values()) == 1 else None
-            _point(axis, places[point.x] + aside, point, colour, label)
+        for number, point in enumerate(points):
+            alike = [one for one, other in enumerate(points) if other.x == point.x]
+            beside = _BESIDE * (alike.index(number) - (len(alike) - 1) / 2)
+            x = places[point.x] + _ASIDE * (turn - (len(series) - 1) / 2) + beside
+            _point(axis, x, point, colour, None if number else name)
     axis.set_xticks(list(places.values()), [f"{x:g}" if np.isfinite(x) else "∞\nnot private" for x in places])
     axis.set_xlim(min(places.values()) - 0.2, max(places.values()) + 0.2)
     if not any(np.isfinite(point.mean) for points in series.values() for point in points):
-        axis.text(
-            0.5,
-            0.5,
-            "real training does not beat the floor:\nno skill to speak of",
-            transform=axis.transAxes,
-            ha="center",
-        )
+        axis.text(0.5, 0.5, _NO_SKILL, transform=axis.transAxes, ha="center")
     bottom, top = axis.get_ylim()
     axis.set_ylim(max(bottom, -1.0), min(max(top, 1.08), 2.0))
     axis.set(xlabel=f"epsilon for a whole patient\n{note}".strip(), ylabel="skill on held-out patients")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
+
+
+def _decades(values: Set[float]) -> dict[float, float]:
+    """Return where each value stands on a logarithmic axis that has infinity at its right end."""
+    places = {x: float(np.log10(x)) for x in sorted(values) if np.isfinite(x)}
+    last = max(places.values(), default=0.0)
+    return places | {x: last + _GAP for x in values if not np.isfinite(x)}
 
 
 def dice_by_patients(

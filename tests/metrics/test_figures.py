@@ -1,0 +1,41 @@
+"""Figures of a comparison: infinity has its place, runs of one epsilon are told apart, nothing known is no crash."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from medsynth.metrics import figures
+from medsynth.metrics.figures import Point
+
+
+def _point(x: float, mean: float) -> Point:
+    return Point(x, mean, mean - 0.1, mean + 0.1)
+
+
+def test_infinity_stands_right_of_every_epsilon() -> None:
+    places = figures._decades({8.0, math.inf, 1.0, 3.0})
+    assert sorted(places, key=lambda x: places[x]) == [1.0, 3.0, 8.0, math.inf]
+    assert list(figures._decades({math.inf})) == [math.inf]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [_point(8.0, 0.4), _point(8.0, 0.5), _point(math.inf, 0.9)],
+        [_point(3.0, math.nan)],
+        [_point(math.inf, -7.0)],
+    ],
+)
+def test_skill_is_drawn_whatever_is_known(points: list[Point], tmp_path: Path) -> None:
+    figures.skill_by_epsilon({"synthetic only": points}, {"strong": 0.9}, tmp_path / "skill.png", "")
+    assert (tmp_path / "skill.png").stat().st_size > 5000
+
+
+def test_dice_is_drawn_for_one_number_and_for_many_runs(tmp_path: Path) -> None:
+    lines = {f"run-{number}": 0.1 * number for number in range(8)}
+    curves = {name: [_point(20, 0.5)] for name in ("real only", "strong augmentation", *(f"mixed, {r}" for r in lines))}
+    figures.dice_by_patients(curves, lines, 0.3, tmp_path / "dice.png", "quick")
+    assert (tmp_path / "dice.png").stat().st_size > 5000
