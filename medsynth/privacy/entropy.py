@@ -3,10 +3,10 @@
 It is never seeded by configuration, never stored, never repeated on resume, after a fork or in a copy. Covered attacks:
 
 - *predictable noise* (seeded or statistical generators): a 256-bit key from :func:`os.urandom`, ChaCha20 (RFC 8439);
-- *low bits of floating-point noise* (Mironov 2012): each normal is the sum of four independent ones, halved
-  (Holohan, Braghin 2021; Opacus' ``secure_mode`` does the same), so that inverting the sampler from one output means
-  solving for four unknowns, which two outputs share; the noise is added in double precision and the sum is rounded to
-  a public grid afterwards (:func:`medsynth.privacy.mechanism.noise_grid`).
+- *low bits of floating-point noise* (Mironov 2012; Holohan, Braghin 2021): the noise is added in double precision and
+  the sum is rounded to a public grid (:func:`medsynth.privacy.mechanism.noise_grid`), 2^32 times as coarse as the last
+  bit of a normal. A normal comes from 128 random bits that it shares with one other, so that every cell of the grid
+  that has a chance worth counting is reached from either cohort, in more ways than could be listed.
 
 Not covered: timing side channels, and an attacker who reads this process' memory. More in
 docs/explanation/mechanisms.md.
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["os", "test_only"]
 
-SUMMED_NORMALS = 4
 _WORD = 2**64
-_BLOCK = 2**14  # normals made at a time: all of their intermediate values stay in a core's cache
+_BLOCK = 2**15  # normals made at a time: all of their intermediate values stay in a core's cache
 # What the cipher adds its stream to, and by how much its output buffer must be longer than that.
-_ZEROS = memoryview(bytes(12 * (_BLOCK + 1)))
+_ZEROS = memoryview(bytes(8 * _BLOCK))
 _CIPHER_BLOCK = 64
 # ChaCha20 repeats after 2^38 bytes of one nonce: take a new key long before.
 _BYTES_PER_KEY = 2**32
@@ -67,18 +66,16 @@ class ChaChaEntropy:
         self._left = _BYTES_PER_KEY
         # Kept from block to block: fresh pages would cost more than the arithmetic.
         self._drawn = bytearray(len(_ZEROS) + _CIPHER_BLOCK)
-        self._values: Tensor | None = None
+        self._values: tuple[Tensor, Tensor] | None = None
 
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
-        """Return independent standard normals of ``shape`` (Box, Muller 1958; half the sum of four)."""
+        """Return independent standard normals of ``shape`` (Box, Muller 1958)."""
         total = math.prod(shape) if isinstance(shape, tuple) else shape
-        if 0 < total <= _BLOCK:
-            return self._summed_normals(total).reshape(shape)
-        values = np.empty(total, dtype=np.float64)
+        # Room for the partner of the last one.
+        values = np.empty(total + total % 2, dtype=np.float64)
         for start in range(0, total, _BLOCK):
-            part = values[start : start + _BLOCK]
-            part[:] = self._summed_normals(part.size)
-        return values.reshape(shape)
+            self._fill(values[start : start + _BLOCK])
+        return values[:total].reshape(shape)
 
     def bernoulli(self, rate: float, n: int) -> NDArray[np.bool_]:
         """Return ``n`` coins by comparing 64-bit integers with ``floor(rate * 2^64)``, computed exactly.
@@ -96,37 +93,28 @@ class ChaChaEntropy:
     def __reduce__(self) -> NoReturn:
         raise PrivacyError("privacy randomness is never copied or stored: open a new source instead")
 
-    def _summed_normals(self, count: int) -> NDArray[np.float64]:
-        """Return ``count`` half-sums of four normals each, two from every two Box-Muller pairs.
+    def _fill(self, values: NDArray[np.float64]) -> None:
+        """Fill ``values``, an even number of at most ``_BLOCK``, with normals ``r cos(a)`` and ``r sin(a)``.
 
-        With (x1, x2), (x3, x4) the pairs, (x1 + x2 + x3 + x4) / 2 and (x1 - x2 + x3 - x4) / 2 are independent normals,
-        and the four unknowns are never determined by these two. A pair's sum and difference are ``sqrt(2) r cos(a)``
-        and ``sqrt(2) r sin(a)``, the angle being counted from 45 degrees.
-
-        Radii from 64 bits: an integer in [-2^63, 2^63) without its sign, so that the tail, where it is small, is not
-        rounded and reaches 9.4 standard deviations. Angles from 32 bits: averaged over 2^32 equal steps, and added to
-        another pair's term, the distribution is the continuous one's to far below 2^-53. torch evaluates log, cos and
-        sin several times faster than numpy; the values stay float64.
+        Radius and angle from 64 bits each, read as integers in [-2^63, 2^63). The radius drops the sign, so that the
+        tail, where the integer is small, is not rounded and reaches 9.4 standard deviations. torch evaluates log, cos
+        and sin several times faster than numpy; the values stay float64.
         """
         import torch
 
-        half = (count + 1) // 2
-        pairs = 2 * half
+        pairs = values.size // 2
         if self._values is None:
-            self._values = torch.empty(3 * (_BLOCK + 1), dtype=torch.float64)
-        radius, angle, sine = self._values[: 3 * pairs].chunk(3)
-        drawn = self._bytes(12 * pairs, self._drawn)
-        radius.copy_(torch.frombuffer(drawn, dtype=torch.int64, count=pairs))
-        angle.copy_(torch.frombuffer(drawn, dtype=torch.int32, count=pairs, offset=8 * pairs))
+            self._values = torch.empty(_BLOCK, dtype=torch.float64), torch.tensor(0.5**64, dtype=torch.float64)
+        (radius, angle), half = self._values[0][: 2 * pairs].chunk(2), self._values[1]
+        cosine, sine = torch.from_numpy(values).chunk(2)
+        drawn = torch.frombuffer(self._bytes(16 * pairs, self._drawn), dtype=torch.int64, count=2 * pairs)
+        self._values[0][: 2 * pairs].copy_(drawn)
         # radius^2 / 2 = -log(u) with u = (|v| + 1/2) / 2^63.
-        radius.abs_().add_(0.5).log_().sub_(63 * math.log(2)).neg_().sqrt_()
-        torch.sin(angle.mul_(math.pi / 2**31), out=sine)
-        cosine = angle.cos_().mul_(radius)
+        torch.add(half, radius.abs_(), alpha=0.5**63, out=radius).log_().mul_(-2).sqrt_()
+        torch.cos(angle.mul_(math.pi / 2**63), out=cosine)
+        torch.sin(angle, out=sine)
+        cosine.mul_(radius)
         sine.mul_(radius)
-        result = torch.empty(pairs, dtype=torch.float64)
-        torch.add(cosine[:half], cosine[half:], out=result[:half])
-        torch.add(sine[:half], sine[half:], out=result[half:])
-        return np.asarray(result[:count].numpy())
 
     def _words(self, count: int) -> NDArray[np.uint64]:
         drawn = self._bytes(8 * count, bytearray(8 * count + _CIPHER_BLOCK))
@@ -170,4 +158,4 @@ def open_entropy(kind: str, seed: int = 0) -> Entropy:
 
 def describe_source(kind: str) -> dict[str, str | int]:
     """Return what a ledger entry says about the noise of a source of this kind."""
-    return {"kind": kind, "generator": "ChaCha20", "dtype": "float64", "summed_normals": SUMMED_NORMALS}
+    return {"kind": kind, "generator": "ChaCha20", "dtype": "float64"}

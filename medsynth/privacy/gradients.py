@@ -1,7 +1,7 @@
 """Per-patient clipped gradient sums: what a backend promises, and the door to the backends.
 
 One patient is one clip unit: the mean gradient over all of its rows (records x noise draws) is clipped once. Sums are
-kept in double precision, so that rounding cannot move them by more than the clip norm.
+kept in double precision, but for what one matrix product adds up in single precision.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class ClippedSum:
     """The sum of clipped patient gradients.
 
     Attributes:
-        tensors: one a trainable parameter, in the order of ``model.parameters()``; float64.
+        tensors: one a trainable parameter, in the order of ``model.parameters()``; float64, or float32 from a
+            single product over all patients.
         norms: L2 norm of each patient's gradient before the clip; 0 for a patient that was not finite. Private.
     """
 

@@ -24,7 +24,7 @@ from medsynth.privacy.entropy import Entropy
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 2**14  # values that get their noise at a time
+_BLOCK = 2**15  # values that get their noise at a time
 
 ROUNDING_SLACK = 2.0**-18
 """Rounding of clip and sum may raise the sensitivity by this share; the noise is that much larger than charged.
@@ -214,40 +214,45 @@ class DpSgd:
             clipped_sum: one tensor a trainable parameter, the WHOLE step's sum (after accumulation and reduction).
             entropy: source of the noise.
         """
-        scale = self.noise_multiplier * self.clip_norm
-        noisy: list[Tensor] = []
-        for group in _groups(clipped_sum):
-            noisy += self._noisy_group(group, scale, entropy)
-        return noisy
-
-    def _noisy_group(self, group: list[Tensor], scale: float, entropy: Entropy) -> list[Tensor]:
-        """Return the noisy means of a few tensors, a cacheful at a time."""
         import torch
 
-        whole = group[0].detach().reshape(-1) if len(group) == 1 else torch.cat([p.detach().reshape(-1) for p in group])
-        result = torch.empty_like(whole, dtype=torch.float32)
-        for part, out in zip(whole.split(_BLOCK), result.split(_BLOCK), strict=True):
+        if not clipped_sum:
+            return []
+        flat = [part.detach().reshape(-1) for part in clipped_sum]
+        result = flat[0].new_empty(sum(part.numel() for part in flat), dtype=torch.float32)
+        scale = self.noise_multiplier * self.clip_norm
+        grid = noise_grid(scale) if scale else 1.0
+        # A cacheful at a time, however the parameters are cut.
+        for out, parts in zip(result.split(_BLOCK), _blocks(flat, _BLOCK), strict=True):
+            # In double precision whatever the sum's: the grid is a power of two, so that dividing by it is exact.
             if scale:
-                grid = noise_grid(scale)
-                noise = torch.from_numpy(entropy.normal(part.numel())).to(part.device)
-                cells = (part.double() / grid).add_(noise, alpha=scale * (1 + ROUNDING_SLACK) / grid).round_()
-                out.copy_(cells.mul_(grid / self.denominator))
+                noise = torch.from_numpy(entropy.normal(out.numel())).to(out.device)
+                cells = noise.mul_(scale * (1 + ROUNDING_SLACK) / grid)
             else:
-                out.copy_(part.double() / self.denominator)
-        pieces = result.split([part.numel() for part in group])
-        return [piece.view(part.shape) for piece, part in zip(pieces, group, strict=True)]
+                cells = torch.zeros_like(out, dtype=torch.float64)
+            for piece, part in zip(cells.split([part.numel() for part in parts]), parts, strict=True):
+                piece.add_(part, alpha=1 / grid)
+            torch.mul(cells.round_() if scale else cells, grid / self.denominator, out=out)
+        pieces = result.split([part.numel() for part in flat])
+        return [piece.view(part.shape) for piece, part in zip(pieces, clipped_sum, strict=True)]
 
 
-def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in order, small ones together."""
-    group: list[Tensor] = []
+def _blocks(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Yield the concatenation of flat tensors in blocks of ``size`` numbers, each as a list of pieces."""
+    block: list[Tensor] = []
+    room = size
     for tensor in tensors:
-        if group and (tensor.device != group[0].device or sum(p.numel() for p in group) + tensor.numel() > _BLOCK):
-            yield group
-            group = []
-        group.append(tensor)
-    if group:
-        yield group
+        start = 0
+        while start < tensor.numel():
+            piece = tensor[start : start + room]
+            block.append(piece)
+            start += piece.numel()
+            room -= piece.numel()
+            if not room:
+                yield block
+                block, room = [], size
+    if block:
+        yield block
 
 
 def clip_vector(vector: NDArray[np.float64], clip_norm: float) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The backend: one forward and one backward for many patients, exact flat clipping, sums in double precision."""
+"""The backend: one forward and one backward for many patients, and exact flat clipping."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class BookkeepingBackend:
                 found = self._alone(group[0], parameters)
             else:
                 found = self._together(group, rows, layers, parameters)
-            sums = found.tensors if sums is None else [a.add_(b) for a, b in zip(sums, found.tensors, strict=True)]
+            sums = found.tensors if sums is None else _added(sums, found.tensors)
             for index, norm in zip(indices, found.norms, strict=True):
                 norms[index] = norm
         return ClippedSum(zero_sums(parameters) if sums is None else sums, norms)
@@ -191,7 +191,7 @@ class _Books:
         return norms.where(self._finite, 0.0)
 
     def close(self, norms: Tensor, clip_norm: float, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return ``sum_i min(1, C / norm_i) G_i`` by parameter, in float64; units that are not finite add nothing."""
+        """Return ``sum_i min(1, C / norm_i) G_i`` by parameter; units that are not finite add nothing."""
         factors = (clip_norm / (norms * (1 + CLIP_MARGIN))).clamp_(max=1.0)
         sums: dict[nn.Parameter, Tensor] = {}
         if not self._squares:
@@ -199,18 +199,18 @@ class _Books:
         clean = bool(self._finite.all())
         factors = factors.where(self._finite, 0.0)
         if self._samples:
-            total = (factors.to(self._together.dtype) @ self._clean(self._together, clean)).double()
+            total = factors.to(self._together.dtype) @ self._clean(self._together, clean)
             pieces = total.split([sample[0].numel() for sample in self._samples.values()])
             sums.update(zip(self._samples, pieces, strict=True))
         while self._kept:
             parameter, rows = self._kept.pop()
-            sums[parameter] = (factors.to(rows.dtype) @ self._clean(rows, clean)).double()
+            sums[parameter] = factors.to(rows.dtype) @ self._clean(rows, clean)
         while self._held:
             parameter, part, way = self._held.pop()
-            found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held), way).double()
+            found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held), way)
             sums[parameter] = sums[parameter] + found if parameter in sums else found
         return [
-            sums[p].view_as(p).double() if p in sums else torch.zeros_like(p, dtype=torch.float64, requires_grad=False)
+            sums[p].view(p.shape) if p in sums else torch.zeros_like(p, dtype=norms.dtype, requires_grad=False)
             for p in parameters
         ]
 
@@ -220,6 +220,11 @@ class _Books:
             return tensor
         finite = self._finite.repeat_interleave(tensor.shape[0] // self._units)
         return tensor.where(finite.view(-1, *(1,) * (tensor.ndim - 1)), 0.0)
+
+
+def _added(sums: Sequence[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sum in double precision; ``sums`` is overwritten where it is in double precision already."""
+    return [total.double().add_(part) for total, part in zip(sums, more, strict=True)]
 
 
 def _groups(batches: Sequence[Batch], max_rows: int) -> Iterator[tuple[list[int], int]]:

@@ -335,6 +335,7 @@ def test_long_patients_and_small_physical_batches_change_nothing(length: Any) ->
     whole = BookkeepingBackend(model, row_loss, 0.5)
     for max_rows in (1, 3, 4):
         small = replace(whole, max_rows=max_rows).clipped_sum(batches)
+        assert {t.dtype for t in small.tensors} == {torch.float64}  # several products are added in double precision
         wanted = whole.clipped_sum(batches)
         assert small.norms == pytest.approx(wanted.norms, rel=1e-5)
         assert length([a - b for a, b in zip(small.tensors, wanted.tensors, strict=True)]) < 1e-5
@@ -353,7 +354,7 @@ def test_layers_frozen_or_thawed_after_opening_are_seen(naive: Any, length: Any)
     assert length([a - b for a, b in zip(found.tensors, wanted, strict=True)]) < 1e-5 * length(wanted)
 
 
-def test_autocast_gives_sums_in_double_precision_close_to_single(length: Any) -> None:
+def test_autocast_gives_sums_in_single_precision_close_to_the_right_ones(length: Any) -> None:
     torch.manual_seed(10)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(2), nn.LayerNorm(16), nn.Linear(16, 4)
@@ -368,7 +369,7 @@ def test_autocast_gives_sums_in_double_precision_close_to_single(length: Any) ->
         exact = BookkeepingBackend(model, row_loss, 0.3).clipped_sum(batches)
         backend = BookkeepingBackend(model, half, 0.3, chooser=Chooser(KEEP_BYTES, kind))
         found = backend.clipped_sum(batches)
-        assert {t.dtype for t in found.tensors} == {torch.float64}
+        assert {t.dtype for t in found.tensors} == {torch.float32}
         distance = length([a - b for a, b in zip(found.tensors, exact.tensors, strict=True)])
         assert distance < 0.03 * length(exact.tensors)
         assert max(length(backend.clipped_sum([b]).tensors) for b in batches) <= 0.3 * (1 + 1e-6)
