@@ -67,7 +67,7 @@ def show(run: Path | None) -> None:
     console = _console()
     own = ""
     if run is not None:
-        _require_run(run)
+        require_run(run)
         opened, own = [account_of(run)], study_of(Ledger(run / "ledger.jsonl").entries())
     else:
         opened = list(_current(Accounts(accounts())).values())
@@ -90,7 +90,7 @@ def limit(target: str, most: float, delta: float | None) -> None:
         PrivacyError: no budget.
     """
     if Path(target).is_dir():
-        _require_run(Path(target))
+        require_run(Path(target))
     account = account_of(Path(target)) if Path(target).is_dir() else _find(target)
     used = [line["delta"] for line in account.lines() if line["type"] == "reserve"]
     if delta is None and not used:
@@ -101,7 +101,12 @@ def limit(target: str, most: float, delta: float | None) -> None:
     _console().print(f"account {account.id[:_SHORT]}: {what}, for all studies of these patients together")
 
 
-def _require_run(run: Path) -> None:
+def require_run(run: Path) -> None:
+    """Refuse a folder that is no run.
+
+    Raises:
+        StoreError: it has no finished ``cohort/``.
+    """
     if not is_done(run / "cohort"):
         raise StoreError("this folder is no run: it has no finished cohort/; give the folder that `medsynth run` wrote")
 

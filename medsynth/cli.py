@@ -142,6 +142,20 @@ def compare(
 
 
 @app.command()
+def doctor(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run folder, finished or not")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """Say what limits a run's quality, from measured figures, and what to change; internal.
+
+    Example: medsynth doctor RUN
+    """
+    from medsynth.doctor.examination import doctor as examine
+
+    examine(run_folder, as_json=as_json)
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Option("--out", help="a new folder")],
     patients: Annotated[

@@ -128,7 +128,7 @@ def audit_again(run: Path) -> list[Finding]:
     Raises:
         StoreError: the folder holds no study, or the run has not come as far as its audit.
     """
-    study = configuration.load(_stored_study(run))
+    study = configuration.load(stored_study(run))
     stage, out = BY_VERB["audit"], run / BY_VERB["audit"].folder
     if not store.is_done(out):
         run_verb(study, stage.verb, None, run)
@@ -224,7 +224,12 @@ def _headline(run: Path) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
-def _stored_study(run: Path) -> Path:
+def stored_study(run: Path) -> Path:
+    """Return the file of the study that a run was last started with.
+
+    Raises:
+        StoreError: the run folder holds none.
+    """
     path = run / STUDY
     if not path.is_file():
         raise StoreError(f"the run folder holds no {STUDY}: run a stage of its study first")

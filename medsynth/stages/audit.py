@@ -23,7 +23,7 @@ from medsynth.privacy.audit.finding import Finding
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import generator
 from medsynth.release import spending
-from medsynth.release.audits import FINDINGS, ROC
+from medsynth.release.audits import FINDINGS, ROC, SCORES
 from medsynth.stages.audit_mechanisms import audit_mechanisms
 from medsynth.stages.audit_results import Scores, Sides, allowed_area, audit_generator, audit_pairs
 from medsynth.stages.inputs import config_digest, stage_inputs
@@ -95,5 +95,5 @@ def _bound(config: Study, ledger: Path) -> float:
 
 
 def _keep_scores(scores: Scores, folder: Path) -> None:
-    np.savez(folder / "scores.npz", members=scores[0], strangers=scores[1])
+    np.savez(folder / SCORES, members=scores[0], strangers=scores[1])
     figures.roc({"generator": scores}, folder / ROC)

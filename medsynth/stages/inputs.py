@@ -25,6 +25,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "certify": ("name", "description", "grid", "privacy", "ingest", "encode", "masks", "train", "export"),
     "export": ("name", "grid", "export"),
 }
+HISTORY = "history.json"
+"""Of stage ``train``: mean losses of a few steps each, on phantoms (and, without privacy, on patients), by name."""
 
 
 def config_digest(config: Study, stage: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from medsynth import store
 from medsynth.config import Study
 from medsynth.randomness import derive_seed
-from medsynth.stages.inputs import open_ledger
+from medsynth.stages.inputs import HISTORY, open_ledger
 from medsynth.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 20
 """Steps from one line of a series to the next."""
-HISTORY = "history.json"
-"""Losses on phantoms (and, without privacy, on patients), one value every :data:`LOG_EVERY` steps, by name."""
 STATE = "state.json"
 """Reservations of an unfinished training, in its folder."""
 

@@ -21,6 +21,7 @@ VERBS = {
     "segment",
     "audit",
     "compare",
+    "doctor",
     "evaluate",
     "certify",
     "export",

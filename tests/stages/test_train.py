@@ -20,7 +20,8 @@ from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd
 from medsynth.stages import private_training, train
-from medsynth.stages.training_job import HISTORY, Job
+from medsynth.stages.inputs import HISTORY
+from medsynth.stages.training_job import Job
 from medsynth.tracking import Tracker
 
 Before = Callable[..., dict[str, Path]]

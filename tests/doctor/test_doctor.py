@@ -1,0 +1,249 @@
+"""Each rule speaks of a run that was spoilt for it, and of a good run none does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from healthy_run import audit, mean_of, reserve, steps, write_audits, write_run
+
+from medsynth import config, store
+from medsynth.config import Study
+from medsynth.doctor import thresholds
+from medsynth.doctor.evidence import gather
+from medsynth.doctor.examination import RULES, doctor, examine
+from medsynth.doctor.finding import Finding
+from medsynth.doctor.thresholds import Threshold
+from medsynth.errors import StoreError
+from medsynth.privacy.accounting import Event
+from medsynth.release.audits import SCORES
+from medsynth.stages.inputs import HISTORY
+from medsynth.store import digest_tree
+from medsynth.study import RESOURCES, STUDY
+
+Spoil = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def template(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("healthy") / "run"
+    write_run(run, tiny_settings)
+    return run
+
+
+@pytest.fixture
+def healthy(template: Path, tmp_path: Path) -> Path:
+    """A copy of a run in which nothing limits quality."""
+    return shutil.copytree(template, tmp_path / "run")
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def reported(*path: str, value: Any) -> Spoil:
+    """Return what writes one value of the report."""
+
+    def change(report: Any) -> None:
+        for name in path[:-1]:
+            report = report[name]
+        report[path[-1]] = value
+
+    return lambda run: edit(run / "report" / "report.json", change)
+
+
+def study_of(run: Path) -> Study:
+    return config.load(run / STUDY)
+
+
+def reserved(mechanism: Any) -> Spoil:
+    return lambda run: reserve(run, study_of(run), mechanism)
+
+
+def history(**series: list[float]) -> Spoil:
+    return lambda run: edit(run / "generator" / HISTORY, lambda kept: kept.update(series))
+
+
+def scores(members: float, strangers: float) -> Spoil:
+    return lambda run: np.savez(run / "audit" / SCORES, members=np.full(9, members), strangers=np.full(9, strangers))
+
+
+def used(verb: str, **values: float) -> Spoil:
+    return lambda run: edit(run / RESOURCES, lambda kept: kept[verb].update(values))
+
+
+NO_PAIRS: dict[str, Any] = {"touching": {}, "apart": {}, "nested": {}}
+SPOILT: list[tuple[str, Spoil]] = [
+    ("audits", lambda run: write_audits(run / "audit", audit("fail"))),
+    ("audits", lambda run: write_audits(run / "audit", audit("pass", caught=False))),
+    ("weak-judge", reported("dice", "real_only", "mean", value=0.5)),
+    ("copies", reported("memorisation", "median_ratio", value=0.3)),
+    ("copies", reported("memorisation", "nearer_than_held_out_p5", value=0.6)),
+    ("familiar", scores(1.2, 0.6)),
+    ("lossy-codec", reported("reconstruction", "psnr_db", value=22.0)),
+    ("lossy-codec", reported("reconstruction", "ssim", value=0.8)),
+    ("lossy-codec", reported("reconstruction", "dice", "reconstructions", value=0.7)),
+    ("latent-scale", reported("reconstruction", "latents", "std", value=3.0)),
+    ("latent-scale", reported("reconstruction", "latents", "std", value=0.3)),
+    ("still-learning", history(pretrain_loss=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])),
+    ("still-learning", history(loss=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])),
+    ("weak-denoiser", scores(0.05, 0.05)),
+    ("disobeyed-masks", reported("agreement", "mean", value=0.2)),
+    ("alike", reported("fidelity", "ssim_within_synthetic", value=0.9)),
+    ("implausible-label-maps", reported("label_maps", "plausible", "synthetic", value=0.0)),
+    ("lost-relations", reported("label_maps", "relations", value={**NO_PAIRS, "nested": {"a": 0.5}, "worst": 0.5})),
+    ("noise-pose", reserved(mean_of("mask_means", 4.0, patients=10))),
+    ("noise-shape", reserved(mean_of("mask_means", 4.0, patients=30))),
+    ("noise-spread", reserved(mean_of("mask_spread", 4.0, patients=10))),
+    ("noise-appearance", reserved(mean_of("appearance", 4.0, patients=60))),
+    ("noise-training", reserved(steps(2.0, patients=30))),
+    ("few-patients", reserved(mean_of("appearance", 4.0, patients=60))),
+    ("time", used("segment", elapsed_s=9000.0)),
+    ("memory", used("train", peak_memory_gib=7.5)),
+]  # fmt: skip
+
+
+def rules(run: Path) -> list[str]:
+    return [finding.rule for finding in examine(gather(run))]
+
+
+def test_of_a_good_run_there_is_nothing_to_say(healthy: Path) -> None:
+    evidence = gather(healthy)
+    assert examine(evidence) == [] and evidence.absent == ()
+    assert set(evidence.noise) == {"pose", "shape", "spread", "appearance", "training"}
+    assert all(0 < ratio < 0.2 for ratio in evidence.noise.values())
+
+
+@pytest.mark.parametrize(("rule", "spoil"), SPOILT, ids=[f"{n}-{rule}" for n, (rule, _) in enumerate(SPOILT)])
+def test_a_spoilt_run_is_found_out(rule: str, spoil: Spoil, healthy: Path) -> None:
+    spoil(healthy)
+    found = examine(gather(healthy))
+    assert rule in [finding.rule for finding in found]
+    for finding in found:
+        assert finding.off > 1 and finding.says and finding.figure and finding.threshold.reason and finding.source
+
+
+def test_every_rule_is_spoilt_once() -> None:
+    names = {rule for rule, _ in SPOILT}
+    assert len(names) >= len(RULES)
+    spoken = {"weak-judge", "copies", "familiar", "lossy-codec", "latent-scale", "still-learning", "weak-denoiser"}
+    assert spoken < names
+
+
+def test_every_change_names_a_key_of_the_configuration(healthy: Path) -> None:
+    keys = set(config.flatten(study_of(healthy)))
+    for _, spoil in SPOILT:
+        spoil(healthy)
+    found = examine(gather(healthy))
+    assert len(found) > 10
+    named = {change.key for finding in found for change in finding.changes}
+    known = {key for key in keys if not key.startswith("grid.labels")}
+    assert named <= known, named - known
+
+
+def test_every_threshold_has_its_reason() -> None:
+    found = {name: one for name, one in vars(thresholds).items() if isinstance(one, Threshold)}
+    assert len(found) >= 17 and all(name.isupper() and len(one.reason) > 20 for name, one in found.items())
+
+
+def test_what_stops_comes_first_then_what_is_farthest_off(healthy: Path) -> None:
+    used("segment", elapsed_s=1e6)(healthy)
+    reported("agreement", "mean", value=0.3)(healthy)
+    reported("label_maps", "plausible", "synthetic", value=0.0)(healthy)
+    reported("memorisation", "median_ratio", value=0.6)(healthy)
+    assert rules(healthy) == ["copies", "implausible-label-maps", "disobeyed-masks", "time"]
+
+
+def test_a_weak_judge_says_nothing_of_masks(healthy: Path) -> None:
+    reported("dice", "real_only", "mean", value=0.5)(healthy)
+    reported("agreement", "mean", value=0.01)(healthy)
+    assert rules(healthy) == ["weak-judge"]
+
+
+def test_volumes_that_were_asked_for_are_not_called_implausible(healthy: Path) -> None:
+    reported("label_maps", "plausible", "synthetic", value=0.0)(healthy)
+    edit(healthy / "synthetic" / "manifest.json", lambda m: m["details"].update(volume_factors={"organ": 2.0}))
+    digest = store.read_manifest(healthy / "synthetic").digest
+    edit(healthy / "report" / "manifest.json", lambda m: m["parents"].update(synthetic=digest))
+    assert gather(healthy).report is not None and rules(healthy) == []
+
+
+def test_a_report_of_other_pairs_is_not_believed(healthy: Path) -> None:
+    reported("agreement", "mean", value=0.1)(healthy)
+    edit(healthy / "synthetic" / "manifest.json", lambda m: m["details"].update(pairs=7))
+    evidence = gather(healthy)
+    assert evidence.report is None and "evaluate" in " ".join(evidence.absent) and examine(evidence) == []
+
+
+def test_half_a_run_is_read_as_far_as_it_came(healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history(pretrain_loss=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])(healthy)
+    (healthy / "generator").rename(store.partial(healthy / "generator"))
+    (store.partial(healthy / "generator") / "manifest.json").unlink()
+    for name in ("synthetic", "audit", "report"):
+        shutil.rmtree(healthy / name)
+    (healthy / RESOURCES).unlink()
+    assert rules(healthy) == ["still-learning"]
+    doctor(healthy)
+    assert capsys.readouterr().out.count("not looked at") == 3
+    for name in (".generator.partial", "masks", "autoencoder"):
+        shutil.rmtree(healthy / name)
+    (healthy / "ledger.jsonl").unlink()
+    assert rules(healthy) == [] and len(gather(healthy).absent) == 5
+
+
+def test_a_report_of_an_older_version_is_read_as_far_as_it_goes(healthy: Path) -> None:
+    def older(report: Any) -> None:
+        del report["label_maps"], report["agreement"], report["fidelity"]
+        report["reconstruction"] = {"mae": 0.1, "psnr_db": 22.0}
+
+    edit(healthy / "report" / "report.json", older)
+    assert rules(healthy) == ["lossy-codec"]
+
+
+def test_without_privacy_no_noise_is_looked_for(healthy: Path) -> None:
+    study = study_of(healthy)
+    privacy = study.privacy.model_copy(update={"epsilon": float("inf")})
+    (healthy / STUDY).write_text(config.dump(study.model_copy(update={"name": "tiny-nonprivate", "privacy": privacy})))
+    (healthy / "ledger.jsonl").unlink()
+    reserve(healthy, study, Event("nonprivate"))
+    assert rules(healthy) == [] and gather(healthy).noise == {} and gather(healthy).absent == ()
+
+
+def test_it_says_that_it_is_internal_and_writes_nothing(healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reported("agreement", "mean", value=0.2)(healthy)
+    before = digest_tree(healthy)
+    doctor(healthy)
+    text = capsys.readouterr().out
+    assert text.startswith("INTERNAL") and "raise train.pretrain_steps" in text and "0.7" in text
+    doctor(healthy, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["internal"] is True and found["not_measured"] == []
+    (finding,) = found["findings"]
+    assert finding["rule"] == "disobeyed-masks" and finding["rank"] == 1 and finding["threshold"]["value"] == 0.7
+    assert finding["changes"][0] == {"key": "train.pretrain_steps", "direction": "raise", "to": ""}
+    assert digest_tree(healthy) == before
+
+
+def test_a_folder_that_is_no_run_is_refused_like_elsewhere(tmp_path: Path, healthy: Path) -> None:
+    with pytest.raises(StoreError, match="this folder is no run"):
+        doctor(tmp_path / "nothing")
+    (healthy / "report" / "report.json").write_text("{")
+    with pytest.raises(StoreError, match=r"report.json of the run cannot be read"):
+        doctor(healthy)
+
+
+def test_patients_and_epsilon_that_would_do_follow_the_noise(healthy: Path) -> None:
+    def few() -> Finding:
+        return next(finding for finding in examine(gather(healthy)) if finding.rule == "few-patients")
+
+    reserved(mean_of("appearance", 4.0, patients=60))(healthy)
+    once = few()
+    reserved(mean_of("appearance", 4.0, patients=30))(healthy)
+    assert few().value == pytest.approx(2 * once.value) and "patients are needed" in once.figure
