@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.integer[Any]]
 
 MEASURES = ("volume", "surface", "components", "touching")
-"""Of one label in one map: mm^dims, mm^(dims - 1), a number, and the share of its border that is another label's."""
+"""Of one label in one map: mm^dims, mm^(dims - 1), a number, and the share of its surface that is another label's."""
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ALWAYS = 0.95
 """A relation between labels that at least this share of real maps shows is taken for anatomy: annotators err too."""
@@ -31,7 +31,7 @@ class Anatomy:
 
     Attributes:
         measures: by name (:data:`MEASURES`), (map, label) from label 1 on.
-        borders: (map, label, other) share of the label's border at each value, the background 0 included.
+        borders: (map, label, other) share of the label's voxel faces at each value, the background 0 included.
     """
 
     measures: Mapping[str, Array]
@@ -77,7 +77,8 @@ def anatomy(maps: Sequence[Labels], classes: int, spacing: Sequence[float] | Non
             borders[row, value - 1] = faces[value] / max(faces[value].sum(), 1e-12)
             parts = int(ndimage.label(mask, np.ones((3,) * rank))[1])
             volume = np.count_nonzero(mask) * float(size.prod())
-            table[:, row, value - 1] = volume, _surface(mask, size), parts, borders[row, value - 1, 1:].sum()
+            table[:3, row, value - 1] = volume, _surface(mask, size), parts
+        table[3, row] = _touching(label, faces, table[1, row], size)
     return Anatomy(dict(zip(MEASURES, table, strict=True)), borders)
 
 
@@ -176,6 +177,21 @@ def _surface(mask: NDArray[np.bool_], size: Array) -> float:
         return float(measure.mesh_surface_area(vertices, triangles))
     outlines = measure.find_contours(solid, 0.5)
     return math.fsum(float(np.sqrt(np.square(np.diff(line, axis=0) * size).sum(1)).sum()) for line in outlines)
+
+
+def _touching(label: Labels, faces: Array, surfaces: Array, size: Array) -> Array:
+    """Return for each label the share of its surface that lies at other labels.
+
+    Two labels share half of what their surfaces lose when they are one. Voxel faces would do only for borders along
+    the axes: those of an oblique plane add up to half as much again.
+    """
+    shared = np.zeros(len(surfaces))
+    for one, other in itertools.combinations(range(1, len(faces)), 2):
+        if faces[one, other]:
+            joined = _surface((label == one) | (label == other), size)
+            area = max(0.0, (surfaces[one - 1] + surfaces[other - 1] - joined) / 2)
+            shared[[one - 1, other - 1]] += area
+    return np.where(np.isnan(surfaces), np.nan, np.clip(shared / np.maximum(surfaces, 1e-12), 0, 1))
 
 
 def _faces(label: Labels, classes: int, size: Array) -> Array:

@@ -21,6 +21,7 @@ Labels = NDArray[np.uint8]
 TOLERANCE = 0.1  # of the volume that was asked for, in the median over label maps
 _SWEEPS = 30  # over the labels, until each has its share of the foreground
 _CLOSE = 0.01  # of a label's share
+_NO_SHARE = 1e-12
 _NEARER = 1e-3  # weight of the distance to a label's centre, which decides between voxels that are equally near
 _FIRST = 1e-6  # and where symmetry leaves a tie even so, the order of the voxels decides
 
@@ -52,6 +53,29 @@ def resize_labels(label: Labels, factors: Mapping[int, float], spacing: Sequence
     inside = np.argsort(distance, kind="stable")[: round(float(wanted.sum()))]
     result = np.zeros(label.size, np.uint8)
     result[inside] = np.array(present, np.uint8)[_share(label, present, wanted, size, points[:, inside])]
+    return result.reshape(label.shape)
+
+
+def smooth_borders(label: Labels, sigma: float) -> Labels:
+    """Return a label map whose labels meet in smooth borders; outline and volumes stay as they are.
+
+    Each voxel of the foreground goes to the label that fills most of its neighbourhood, once factors (solved as in
+    :func:`resize_labels`) have given each label its old volume.
+
+    Args:
+        label: (\\*spatial) integers, 0 the background.
+        sigma: standard deviation of the Gaussian neighbourhood, voxels.
+    """
+    counts = np.bincount(label.reshape(-1))
+    present = [value for value in range(1, len(counts)) if counts[value]]
+    inside = np.flatnonzero(label)
+    if len(present) < 2:
+        return label
+    shares = [ndimage.gaussian_filter((label == value).astype(float), sigma).reshape(-1)[inside] for value in present]
+    result = np.zeros(label.size, np.uint8)
+    # In logarithms a small label is raised where it has a share, and nowhere else.
+    rarity = -np.log(np.maximum(np.stack(shares), _NO_SHARE))
+    result[inside] = np.array(present, np.uint8)[_divide(rarity, counts[present].astype(float))]
     return result.reshape(label.shape)
 
 
@@ -122,14 +146,19 @@ def _share(label: Labels, present: Sequence[int], wanted: Array, spacing: Array,
         centre = np.argwhere(region).mean(0)
         far = np.sqrt(np.square((points - centre[:, None]) * spacing[:, None]).sum(0))
         fields.append(_signed_distance(region, spacing, points) + _NEARER * far + index * order)
-    field, growth = np.stack(fields), np.zeros(len(present))
-    for _ in range(_SWEEPS if len(present) > 1 else 0):
-        for index in range(1, len(present)):  # only differences count: the first label does not grow
+    return _divide(np.stack(fields), wanted)
+
+
+def _divide(field: Array, wanted: Array) -> NDArray[np.int64]:
+    """Return for each point the row of least ``field`` (label, point) after shifts that give each row its number."""
+    growth = np.zeros(len(field))
+    for _ in range(_SWEEPS if len(field) > 1 else 0):
+        for index in range(1, len(field)):  # only differences count: the first label does not grow
             others = np.delete(field - growth[:, None], index, axis=0).min(0)
             margin = np.sort(field[index] - others)
             cut = min(max(round(float(wanted[index])), 1), len(margin) - 1)
             growth[index] = (margin[cut - 1] + margin[cut]) / 2
-        found = np.bincount((field - growth[:, None]).argmin(0), minlength=len(present))
+        found = np.bincount((field - growth[:, None]).argmin(0), minlength=len(field))
         if np.all(np.abs(found - wanted) <= np.maximum(1.0, _CLOSE * wanted)):
             break
     return (field - growth[:, None]).argmin(0)

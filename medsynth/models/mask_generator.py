@@ -4,7 +4,8 @@ A label map becomes two vectors. The *pose* is where the foreground lies and how
 logarithm of the square root of its second central moments, in units of half the grid. The *shape* is what is left
 once that pose is undone: low-frequency cosine coefficients of truncated signed distances in a canonical frame
 (planes: the union of all labels, then each label from the second on). Both vectors have a public centre and a bounded
-norm, so that their sums over patients can be released by Gaussian mechanisms; everything after that is free.
+norm, so that their sums over patients can be released by Gaussian mechanisms; everything after that is free, also that
+drawn labels meet in smooth borders.
 
 Source: distance-map shape models after Leventon et al. (2000); the canonical frame follows from second moments.
 """
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medsynth.config import Grid, Masks
+from medsynth.models.label_volumes import smooth_borders
 from medsynth.models.pose import Array, Pose, PoseFrame
 
 _FRAME_SD = 2.6  # half width of the canonical frame in standard deviations of the foreground
@@ -84,7 +86,8 @@ class ShapeSpace:
             others = np.stack(planes[1:])
             taken = (label > 0) & (others.max(0) >= 0.5 * planes[0])
             label[taken] = others.argmax(0)[taken] + 2
-        return self._tidy(label)
+        # Truncated planes, and noise the more, meet in ragged borders that no anatomy has.
+        return self._tidy(smooth_borders(label, self.settings.band_voxels))
 
     def sample(self, statistics: MaskStatistics, rng: np.random.Generator, attempts: int = 20) -> NDArray[np.uint8]:
         """Return one random label map; tries again while a draw comes out empty or out of the grid.

@@ -63,11 +63,20 @@ def test_neighbours_are_shares_of_the_border(rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 3])
+def test_a_cut_is_as_long_however_it_lies_to_the_axes(rank: int) -> None:
+    axes, whole = mesh(rank), ball(rank, 16)
+    straight, oblique = (np.where(side > 0.1, 2, 1) * whole for side in (axes[0], axes[0] + axes[1]))
+    one, other = (of(label, "touching") for label in (straight, oblique))
+    # A disc's share of half a ball's surface is 1/3; in 2D the diameter's is 2 / (2 + pi).
+    assert one == pytest.approx(1 / 3 if rank == 3 else 2 / (2 + np.pi), rel=0.1) and other == pytest.approx(one, rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
 def test_what_lies_inside_another_label_is_enclosed_by_it(rank: int) -> None:
     label = ball(rank, 12) + ball(rank, 6)
     found = anatomy([label], 3)
     assert found.enclosed(2, 1).all() and not found.enclosed(1, 2).any()
-    assert found.measures["touching"][0, 1] == 1.0
+    assert found.measures["touching"][0, 1] == pytest.approx(1.0)
     label[(0,) * rank] = 2
     assert not anatomy([label], 3).enclosed(2, 1).any()
 
@@ -100,7 +109,7 @@ def test_maps_of_one_kind_are_near_each_other_and_strange_ones_are_not(rank: int
     strange = [np.where(rng.random(label.shape) < 0.1, 1, label) for label in same]
     near, far = report(real, same, train, classes), report(real, strange, train, classes)
     assert set(near["labels"]["label 1"]["measures"]) == set(MEASURES)
-    assert near["plausible"]["synthetic"] >= 0.4 and near["plausible"]["train"] == far["plausible"]["train"]
+    assert near["plausible"]["synthetic"] >= 0.3 and near["plausible"]["train"] == far["plausible"]["train"]
     assert far["plausible"]["synthetic"] == 0
     for kind in ("surface", "volume"):
         one, other = (found["labels"]["label 1"]["measures"][kind] for found in (near, far))

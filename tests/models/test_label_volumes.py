@@ -11,7 +11,7 @@ from scipy import ndimage
 from medsynth.config import Grid, Synthesise
 from medsynth.errors import ConfigError
 from medsynth.imaging.phantom import sample_label_maps
-from medsynth.models.label_volumes import resize_labels, volume_factors
+from medsynth.models.label_volumes import resize_labels, smooth_borders, volume_factors
 
 
 def grid(rank: int, classes: int = 3, size: int = 40) -> Grid:
@@ -110,6 +110,28 @@ def test_any_number_of_labels_of_any_phantom(seed: int, classes: int, asked: lis
     before, after = volumes(label, classes), volumes(again, classes)
     wanted = np.where(before > 0, np.maximum(1, before * [1, *(factors[v] for v in range(1, classes))]), 0)[1:]
     assert np.all(np.abs(after[1:] - wanted) <= 2 + 0.1 * wanted)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_ragged_borders_become_smooth_and_nothing_else_changes(rank: int) -> None:
+    label = halves(rank)
+    near = (np.abs(mesh(rank)[0] - 0.1) < 0.12) & (label > 0)
+    ragged = np.where(near, np.random.default_rng(0).integers(1, 3, label.shape), label).astype(np.uint8)
+    smooth = smooth_borders(ragged, 2.0)
+    np.testing.assert_array_equal(smooth > 0, label > 0)
+    np.testing.assert_allclose(volumes(smooth), volumes(ragged), atol=2)
+    assert ndimage.label(ragged == 1)[1] > 1 and ndimage.label(smooth == 1)[1] == ndimage.label(smooth == 2)[1] == 1
+    assert np.mean(smooth[label > 0] == label[label > 0]) > 0.9
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_small_and_enclosed_labels_survive_smoothing(rank: int) -> None:
+    label = nested(rank)
+    label[(slice(20, 22),) * rank] = 3
+    smooth = smooth_borders(label, 2.0)
+    np.testing.assert_allclose(volumes(smooth, 4), volumes(label, 4), atol=3)
+    assert not np.any(ndimage.binary_dilation(smooth >= 2) & (smooth == 0))
+    assert smooth_borders((label > 0).astype(np.uint8), 2.0).sum() == np.count_nonzero(label)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
