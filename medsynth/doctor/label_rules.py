@@ -13,7 +13,7 @@ _WORDS = {
     "volume": "size",
     "surface": "surface",
     "components": "separate parts",
-    "touching": "share of its border at other labels",
+    "touching": "share of its surface at other labels",
 }
 _ALIKE = 0.1  # where real maps are all alike, a tenth of their value counts as one standard deviation
 _NOISY = 0.5  # of the threshold on noise: from here on more detail would only be more noise

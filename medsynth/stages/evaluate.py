@@ -278,7 +278,7 @@ def _drawn_measures(
         "volume": f"{'area' if flat else 'volume'} ({units[0]})",
         "surface": f"{'perimeter' if flat else 'surface'} ({units[1]})",
         "components": "separate parts",
-        "touching": "share of border at other labels",
+        "touching": "share at other labels",
     }
     if config.grid.classes == 2:
         titles.pop("touching")

@@ -68,7 +68,8 @@ def test_a_cut_is_as_long_however_it_lies_to_the_axes(rank: int) -> None:
     straight, oblique = (np.where(side > 0.1, 2, 1) * whole for side in (axes[0], axes[0] + axes[1]))
     one, other = (of(label, "touching") for label in (straight, oblique))
     # A disc's share of half a ball's surface is 1/3; in 2D the diameter's is 2 / (2 + pi).
-    assert one == pytest.approx(1 / 3 if rank == 3 else 2 / (2 + np.pi), rel=0.1) and other == pytest.approx(one, rel=0.1)
+    assert one == pytest.approx(1 / 3 if rank == 3 else 2 / (2 + np.pi), rel=0.1)
+    assert other == pytest.approx(one, rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
