@@ -13,6 +13,7 @@ from medsynth import config, logs, store
 from medsynth.config import Study
 from medsynth.errors import ConfigError, InputError, StoreError
 from medsynth.imaging.cohort import read_cases
+from medsynth.stages.report_page import number
 from medsynth.study import STUDY
 from medsynth.tracking import open_tracker
 
@@ -26,7 +27,7 @@ FOLDER = "compare"
 """Below the output folder, beside ``mlflow/``."""
 NUMBERS, SEEDS = "1,2,4,8,20,all", "0,1,2"
 QUICK_NUMBERS, QUICK_SEEDS = "1,4,all", "0"
-_COLUMNS = 110
+_COLUMNS = 130
 _SETTABLE = ("segment", "evaluate", "compute", "tracking")
 _RECIPE = ("channels", "steps", "batch_size", "learning_rate", "augment")
 
@@ -229,10 +230,12 @@ def _table_of_sets(result: Comparison) -> Table:
     unit, tolerance = result.protocol.distance_unit, result.protocol.tolerance
     head = ["trained on", "run", "patients", "Dice (95 %)", "skill", "/ real", f"surface {tolerance:g} {unit}"]
     table = Table(*head, f"HD95 {unit}", title="internal: measured on held-out patients")
+    for column in table.columns[:4]:
+        column.no_wrap = True
     for one in (result.floor, *result.training_sets):
         measures = (one.skill, one.relative_to_real, one.surface_dice.all_labels, one.hd95.all_labels)
         patients = "-" if one.kind == "floor" else str(one.real_patients)
-        values = [_number(value.mean) for value in measures]
+        values = [number(value.mean, 2) for value in measures]
         table.add_row(NAMES[one.kind], one.run or "-", patients, _interval(one.dice.all_labels), *values)
     return table
 
@@ -245,14 +248,10 @@ def _table_of_runs(result: Comparison) -> Table:
         crowd, near = run.fidelity, run.memorisation
         alike = (crowd.similarity_within_synthetic, crowd.similarity_within_real)
         told = (crowd.fid, crowd.fid_held_out, *alike, near.median_ratio, near.copies, near.copies_by_chance)
-        table.add_row(run.label, _interval(run.agreement.all_labels), *map(_number, told))
+        table.add_row(run.label, _interval(run.agreement.all_labels), *(number(value, 2) for value in told))
     return table
 
 
 def _interval(value: Measured) -> str:
     low, high = value.ci95_with_seeds
-    return f"{_number(value.mean, 3)} ({_number(low, 3)} to {_number(high, 3)})"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return f"{number(value.mean, 3)} ({number(low, 3)} to {number(high, 3)})"

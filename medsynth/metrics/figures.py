@@ -22,12 +22,13 @@ _CONTOURS = ("#ffd166", "#4cc9f0", "#f72585", "#80ed99", "#ff9f1c", "#b892ff")
 _DPI = 110
 _BINS = 24  # of a histogram; fewer whole numbers get a bin each
 _CURVES = (_SYNTHETIC, "#7b5ea7", "#2a9d8f")
-_LINES = ("#2a9d8f", "#b08900")
+_LINES = ("#b08900", "#5c677d")
 _RUNS = ("#d1603d", "#7b5ea7", "#6a994e", "#b08900", "#c2417f", "#5c677d")
+_LOWEST, _HIGHEST = -1.0, 2.0  # skill that is drawn to scale
 _GAP = 0.45  # decades between the largest epsilon and infinity
-_ASIDE, _BESIDE = 0.035, 0.02  # decades between series, and between runs of one epsilon
+_ASIDE, _BESIDE = 0.075, 0.02  # decades between series, and between runs of one epsilon
 _NO_SKILL = "real training does not beat the floor:\nno skill to speak of"
-_SIDE = 1.025  # factor between curves at one number of patients
+_SIDE = 1.05  # factor between curves at one number of patients
 
 
 def montage(rows: Mapping[str, Sequence[tuple[Tensor, Tensor]]], path: Path, upright: bool) -> None:
@@ -213,18 +214,19 @@ def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, 
         axis.axhline(height, color=_GREY, ls=style, lw=1.2, label=text)
     for (name, height), colour in zip(lines.items(), _LINES, strict=False):
         axis.axhline(height, color=colour, ls=":", lw=1.6, label=name)
+    heights = [point.low for points in series.values() for point in points if np.isfinite(point.low)]
+    bottom = max(min([*heights, 0.0]) - 0.1, _LOWEST)
     for turn, ((name, points), colour) in enumerate(zip(series.items(), _CURVES, strict=False)):
         for number, point in enumerate(points):
             alike = [one for one, other in enumerate(points) if other.x == point.x]
             beside = _BESIDE * (alike.index(number) - (len(alike) - 1) / 2)
             x = places[point.x] + _ASIDE * (turn - (len(series) - 1) / 2) + beside
-            _point(axis, x, point, colour, None if number else name)
+            _point(axis, x, point, colour, None if number else name, bottom=bottom)
     axis.set_xticks(list(places.values()), [f"{x:g}" if np.isfinite(x) else "∞\nnot private" for x in places])
     axis.set_xlim(min(places.values()) - 0.2, max(places.values()) + 0.2)
     if not any(np.isfinite(point.mean) for points in series.values() for point in points):
         axis.text(0.5, 0.5, _NO_SKILL, transform=axis.transAxes, ha="center")
-    bottom, top = axis.get_ylim()
-    axis.set_ylim(max(bottom, -1.0), min(max(top, 1.08), 2.0))
+    axis.set_ylim(bottom, min(max(axis.get_ylim()[1], 1.08), _HIGHEST))
     axis.set(xlabel=f"epsilon for a whole patient\n{note}".strip(), ylabel="skill on held-out patients")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
@@ -243,7 +245,7 @@ def dice_by_patients(
     """Draw Dice against the number of real patients; what needs no real patient is a horizontal line.
 
     Args:
-        curves: by legend, points at their number of patients; ``mixed, RUN`` has the colour of the line ``RUN``.
+        curves: by legend, points at their number of patients; a legend that ends in a run has the colour of its line.
         lines: by run, Dice of synthetic pairs alone.
         floor: Dice of the constant mean shape.
         path: PNG to write.
@@ -258,7 +260,7 @@ def dice_by_patients(
     plain = iter((_REAL, _CURVES[2]))
     numbers: set[float] = set()
     for turn, (name, points) in enumerate(curves.items()):
-        run = name.removeprefix("mixed, ")
+        run = name.rpartition(", ")[2]
         colour = colours[run] if run in colours else next(plain)
         at = [point.x * _SIDE ** (turn - (len(curves) - 1) / 2) for point in points]
         numbers |= {point.x for point in points}
@@ -273,11 +275,16 @@ def dice_by_patients(
     _save(figure, path)
 
 
-def _point(axis: Axes, x: float, point: Point, colour: str, label: str | None, number: bool = True) -> None:
-    axis.plot([x, x], [point.low, point.high], color=colour, lw=2.0, solid_capstyle="round", alpha=0.8)
-    axis.plot([x], [point.mean], "o", color=colour, ms=6, label=label)
-    if number:
-        axis.annotate(f"{point.mean:.2f}", (x, point.mean), (6, 2), textcoords="offset points", fontsize=8)
+def _point(
+    axis: Axes, x: float, point: Point, colour: str, label: str | None, number: bool = True, bottom: float = -np.inf
+) -> None:
+    """Draw a mean and its interval; a mean below ``bottom`` as an arrow there, with its number."""
+    height, marker = max(point.mean, bottom), "o" if not point.mean < bottom else "v"
+    axis.plot([x, x], [max(point.low, bottom), max(point.high, bottom)], color=colour, lw=2.0, alpha=0.8)
+    axis.plot([x], [height], marker, color=colour, ms=6, label=label, clip_on=False)
+    if number and np.isfinite(point.mean):
+        text = f"{round(point.mean, 2) + 0.0:.2f}"  # no minus before a zero
+        axis.annotate(text, (x, height), (6, 2), textcoords="offset points", fontsize=8)
 
 
 def _two_histograms(axis: Axes, real: np.ndarray, synthetic: np.ndarray, name: str) -> None:

@@ -58,8 +58,9 @@ def _curves(result: Comparison) -> dict[str, list[Point]]:
         found = [one for one in _of(result, kind) if one.run == run]
         return [_point(one.dice.all_labels, one.real_patients) for one in sorted(found, key=lambda o: o.real_patients)]
 
-    mixed = {f"mixed, {one.label}": curve("mixed", one.label) for one in result.runs}
-    return {"real only": curve("real_only"), "strong augmentation": curve("strong_augmentation"), **mixed}
+    mixed = {f"{NAMES['mixed']}, {one.label}": curve("mixed", one.label) for one in result.runs}
+    plain: tuple[Kind, ...] = ("real_only", "strong_augmentation")
+    return {NAMES[kind]: curve(kind) for kind in plain} | mixed
 
 
 def _of(result: Comparison, kind: Kind) -> list[TrainingSet]:

@@ -294,4 +294,4 @@ def figure(path: Path, title: str, text: str) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number as text; a dash where it is unknown."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero
