@@ -91,8 +91,8 @@ def write_page(result: Comparison, folder: Path) -> None:
         + f'<h2>The synthetic pairs</h2><div class="scroll">{_runs(result)}</div>'
     )
     subtitle = (
-        f"{how.held_out_patients} held-out patients, up to {how.train_patients} train patients, {len(how.seeds)} "
-        f"seed(s), {how.steps} steps of {how.batch_size}; intervals are 95 %, over patients (in brackets: and seeds)."
+        f"{how.held_out_patients} held-out patients, up to {how.train_patients} train patients, seeds "
+        f"{', '.join(map(str, how.seeds))}, {how.steps} steps of {how.batch_size}; intervals are 95 %, over patients (in brackets: and seeds)."
     )
     (folder / "compare.html").write_text(page("comparison", subtitle, body), encoding="utf-8")
 
@@ -132,8 +132,12 @@ def equivalent(result: Comparison, one: TrainingSet) -> str:
     if not any(better):
         return "All real patients together do no better."
     first = better.index(True)
-    enough = f"{curve[first].real_patients} real patient(s) do better"
-    return f"{enough}, {curve[first - 1].real_patients} do not." if first else f"{enough} already."
+    most = curve[first].real_patients
+    enough = "1 real patient does better" if most == 1 else f"{most} real patients do better"
+    if not first:
+        return f"{enough} already."
+    fewer = curve[first - 1].real_patients
+    return f"{enough}, {fewer} {'does' if fewer == 1 else 'do'} not."
 
 
 def _share(value: Measured) -> str:
@@ -159,11 +163,11 @@ def _sets(result: Comparison) -> str:
 
 
 def _set(one: TrainingSet, labels: Sequence[str]) -> list[str]:
-    name = NAMES[one.kind] + (f", {one.run}" if one.run else "")
+    run = f"<small>{escape(one.run)}</small>" if one.run else ""
     seeds = ", ".join(number(value) for value in one.dice_by_seed.values())
     patients = "-" if one.kind == "floor" else str(one.real_patients)
     return [
-        escape(name),
+        escape(NAMES[one.kind]) + run,
         patients,
         *_scores(one.dice, labels),
         _cell(one.skill, 2),
@@ -179,10 +183,9 @@ def _scores(scores: Scores, labels: Sequence[str]) -> list[str]:
 
 
 def _cell(value: Measured, digits: int = 3) -> str:
-    (low, high), (lower, higher) = (
-        (number(a, digits), number(b, digits)) for a, b in (value.ci95, value.ci95_with_seeds)
-    )
-    return f"{number(value.mean, digits)} <small>{low} to {high}</small><small>({lower} to {higher})</small>"
+    ends = [tuple(number(end, digits) for end in interval) for interval in (value.ci95, value.ci95_with_seeds)]
+    seeds = "" if ends[0] == ends[1] else f"<small>({' to '.join(ends[1])})</small>"
+    return f"{number(value.mean, digits)} <small>{' to '.join(ends[0])}</small>{seeds}"
 
 
 def _runs(result: Comparison) -> str:

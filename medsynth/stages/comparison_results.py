@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def training_sets(
     images: Mapping[str, int],
     how: Statistician,
 ) -> tuple[TrainingSet, list[TrainingSet]]:
-    """Return the scores of the floor and of every arm, in the order given.
+    """Return the scores of the floor and of every arm: by kind, then by run, then by number of patients.
 
     Args:
         trained: seeds of each arm.
@@ -107,7 +108,9 @@ def training_sets(
         )
 
     blind = one("floor", Arm("floor", None, most), floor, ())
-    return blind, [one(arm.kind, arm, tables_of(seeds), [s.seed for s in seeds]) for arm, seeds in trained.items()]
+    kinds, runs = get_args(Kind), [arm.run for arm in trained]
+    order = sorted(trained, key=lambda arm: (kinds.index(arm.kind), runs.index(arm.run), arm.real_patients))
+    return blind, [one(arm.kind, arm, tables_of(trained[arm]), [s.seed for s in trained[arm]]) for arm in order]
 
 
 def agreement(

@@ -346,7 +346,7 @@ def test_what_pairs_are_worth_in_patients_is_said_plainly(finished: tuple[Path, 
         for number in (1, 4)
     )
     assert worth(1.0) == "All real patients together do no better."
-    assert worth(-0.1) == "1 real patient(s) do better already."
+    assert worth(-0.1) == "1 real patient does better already."
     if one < four:
-        assert worth((one + four) / 2) == "4 real patient(s) do better, 1 do not."
+        assert worth((one + four) / 2) == "4 real patients do better, 1 does not."
     assert any("epsilon-inf" in line for line in comparison_page.reading(result))
