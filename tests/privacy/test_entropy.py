@@ -87,9 +87,23 @@ def test_normals_have_the_moments_of_normals() -> None:
     assert stats.kstest(values, "norm").pvalue > 1e-3
 
 
+def test_angles_are_finer_than_any_grid_of_32_bits() -> None:
+    # A pair lies on one of 2^64 rays. On 2^32 rays a ray would meet few cells of the grid far from zero.
+    values = open_entropy("test_only", 5).normal(20_000)
+    turns = np.arctan2(values[10_000:], values[:10_000]) / (2 * math.pi) * 2.0**32
+    assert stats.kstest(turns % 1.0, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 2**15 - 1, 2**15, 2**15 + 1, 2**16 + 3])
+def test_any_number_of_normals_can_be_drawn(count: int) -> None:
+    values = open_entropy("test_only", 2).normal(count)
+    assert values.shape == (count,)
+    assert np.unique(values).size == count  # nothing is left from before, nothing is drawn twice
+
+
 def test_the_largest_normal_is_finite_and_beyond_nine(monkeypatch: pytest.MonkeyPatch) -> None:
     entropy = ChaChaEntropy("test_only", bytes(32))
-    # A keystream of zeros: the smallest radius word and the angle zero, in both pairs.
+    # A keystream of zeros: the smallest radius word and the angle zero.
     monkeypatch.setattr(entropy, "_bytes", lambda needed, buffer: bytearray(len(buffer)))
     extreme = float(entropy.normal(1)[0])
     assert math.isfinite(extreme) and extreme > 9
