@@ -88,7 +88,7 @@ def volume_factors(maps: Sequence[Labels], grid: Grid, how: Synthesise) -> dict[
         how: ``volume_scale`` and ``volume_median``.
 
     Raises:
-        ConfigError: a label is in none of the maps, or the grid is too small for the volume asked for.
+        ConfigError: a label is in hardly any map, or the grid is too small for the volume asked for.
     """
     voxel = float(np.prod(grid.spacing_mm or 1.0))
     factors: dict[int, float] = {}
@@ -108,7 +108,17 @@ def volume_factors(maps: Sequence[Labels], grid: Grid, how: Synthesise) -> dict[
                 f"synthesise asks for {factor:.2f} times the volume of '{grid.labels[value]}' and the grid lets "
                 f"{reached:.2f} times come out: ask for less, or enlarge grid.shape"
             )
+    cut = [_is_cut(after) and not _is_cut(before) for before, after in zip(maps, resized, strict=False)]
+    if sum(cut) > TOLERANCE * len(cut):
+        raise ConfigError(
+            f"with the volumes that synthesise asks for, the grid would cut {sum(cut)} of {len(cut)} label maps: ask "
+            "for less, or enlarge grid.shape"
+        )
     return factors
+
+
+def _is_cut(label: Labels) -> bool:
+    return any(np.take(label, end, axis).any() for axis in range(label.ndim) for end in (0, -1))
 
 
 def _median(maps: Sequence[Labels], value: int) -> float:

@@ -148,5 +148,7 @@ def test_a_median_is_turned_into_a_factor(rank: int) -> None:
 def test_a_volume_that_the_grid_cannot_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match="ask for less"):
         volume_factors([halves(3)], grid(3), Synthesise(volume_scale={"label 1": 60.0}))
+    with pytest.raises(ConfigError, match="would cut 1 of 1 label maps"):
+        volume_factors([halves(3)], grid(3), Synthesise(volume_scale={"label 1": 15.0}))
     with pytest.raises(ConfigError, match="hardly ever draws"):
         volume_factors([(halves(3) == 1).astype(np.uint8)], grid(3), Synthesise(volume_scale={"label 2": 2.0}))
