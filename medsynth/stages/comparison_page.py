@@ -92,7 +92,8 @@ def write_page(result: Comparison, folder: Path) -> None:
     )
     subtitle = (
         f"{how.held_out_patients} held-out patients, up to {how.train_patients} train patients, seeds "
-        f"{', '.join(map(str, how.seeds))}, {how.steps} steps of {how.batch_size}; intervals are 95 %, over patients (in brackets: and seeds)."
+        f"{', '.join(map(str, how.seeds))}, {how.steps} steps of {how.batch_size}; intervals are 95 %, over patients "
+        "(in brackets: and seeds). By label also surface Dice and HD95: compare.json."
     )
     (folder / "compare.html").write_text(page("comparison", subtitle, body), encoding="utf-8")
 
