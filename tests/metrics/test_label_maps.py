@@ -152,6 +152,15 @@ def test_labels_that_never_touch_are_expected_apart() -> None:
     assert found["relations"]["apart"] == {"label 1 and label 2": 0.5}
 
 
+def test_a_map_without_a_label_that_everybody_has_is_not_plausible() -> None:
+    apart = np.zeros((20, 20), np.uint8)
+    apart[2:6, 2:6], apart[12:16, 12:16] = 1, 2
+    found = report([apart] * 5, [apart, np.where(apart == 2, 0, apart)], [apart])
+    assert found["plausible"] == {"synthetic": 0.5, "train": 1.0}
+    sometimes = report([apart, np.where(apart == 2, 0, apart)], [apart, np.where(apart == 2, 0, apart)], [apart])
+    assert sometimes["plausible"]["synthetic"] == 1.0
+
+
 def test_no_maps_at_all_are_no_error() -> None:
     found = report([ball(2, 5)], [ball(2, 5)], [])
     assert found["plausible"]["train"] is None and "train" not in found["labels"]["label 1"]["measures"]["volume"]

@@ -148,6 +148,9 @@ def test_a_median_is_turned_into_a_factor(rank: int) -> None:
 def test_a_volume_that_the_grid_cannot_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match="ask for less"):
         volume_factors([halves(3)], grid(3), Synthesise(volume_scale={"label 1": 60.0}))
+    at_the_border = (np.arange(40) < 9).astype(np.uint8)[:, None].repeat(40, 1)
+    with pytest.raises(ConfigError, match=r"asks for 6.00 times .* lets 4.44 times come out"):
+        volume_factors([at_the_border], grid(2), Synthesise(volume_scale={"label 1": 6.0}))
     with pytest.raises(ConfigError, match="would cut 1 of 1 label maps"):
         volume_factors([halves(3)], grid(3), Synthesise(volume_scale={"label 1": 15.0}))
     with pytest.raises(ConfigError, match="hardly ever draws"):
