@@ -213,9 +213,10 @@ class Masks(Section):
 class Appearance(Section):
     """Statistics of images given their label maps, which dress the label maps of pre-training."""
 
-    enabled: bool = Field(True, description="needs train.pretrain_steps")
-    coefficients: tuple[Count, ...] = Field((8, 10, 8), description="cosines an axis of the expected image")
-    clip_norm: Positive = Field(0.75, description="an image of even histogram has a vector of norm 0.7")
+    enabled: bool = Field(True, description="needs train.pretrain_steps, or synthesise.start below 1")
+    coefficients: tuple[Count, ...] = Field((6, 8, 6), description="cosines an axis of the position")
+    levels: Count = Field(6, description="cosines of the grey value, whose distribution is learnt at each position")
+    clip_norm: Positive = Field(2.0, description="of a patient's vector; hippocampus MRI has norms of 1.5 to 1.9")
 
 
 class Train(Section):
@@ -253,6 +254,9 @@ class Synthesise(Section):
     pairs: Count = 200
     scheduler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"] = "ddim"
     steps: Count = 20
+    start: Fraction = Field(
+        1.0, description="1: from noise; less: from drafts of train.appearance, noised so far; 0: the drafts themselves"
+    )
     guidance: Number = Field(1.0, ge=0, description="1: as conditioned; above: classifier-free guidance")
     batch_size: Count = 8
     volume_scale: dict[str, Positive] = Field(
@@ -371,8 +375,10 @@ class Study(Section):
             raise ValueError("train.channels must divide by train.norm_groups")
         if self.train.channels[-1] % self.train.head_channels:
             raise ValueError("the last of train.channels must divide by train.head_channels (attention is there)")
-        if self.train.appearance.enabled and not self.train.pretrain_steps:
-            raise ValueError("train.appearance.enabled pays for phantoms that train.pretrain_steps 0 never uses")
+        if self.train.appearance.enabled and not self.train.pretrain_steps and self.synthesise.start == 1:
+            raise ValueError("train.appearance.enabled pays for drafts that train.pretrain_steps 0 never uses")
+        if self.synthesise.start < 1 and not self.train.appearance.enabled:
+            raise ValueError("synthesise.start below 1 begins from drafts of train.appearance: enable it")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,21 +20,36 @@ from medsynth.diffusion.objective import training_schedule
 from medsynth.diffusion.sampling import sample_latents
 from medsynth.errors import StoreError
 from medsynth.models.adapters import add_adapters
+from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
 from medsynth.models.autoencoder import Codec, load_codec
 from medsynth.models.denoiser import Denoiser, Preconditioning
 
 WEIGHTS = "denoiser.safetensors"
 SETTINGS = "generator.json"
+APPEARANCE = "appearance.npz"
+
+
+@dataclass(frozen=True)
+class Dresser:
+    """Released appearance statistics with the layout that reads them: drafts of images for label maps."""
+
+    space: AppearanceSpace
+    statistics: AppearanceStatistics
+
+    def draft(self, label: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
+        """Return an image (channel, \\*spatial) in [-1, 1] of one label map."""
+        return self.space.render(label, self.statistics, rng)
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Everything that renders a pair: ``denoiser``, the ``codec`` and how masks reach the denoiser."""
+    """Everything that renders a pair: ``denoiser``, the ``codec``, how masks reach it and (or None) who drafts."""
 
     denoiser: Denoiser
     codec: Codec
     masks: MaskEncoder
     settings: Train
+    dresser: Dresser | None = None
 
     def render(
         self, labels: Int[Tensor, "batch *spatial"], seeds: Sequence[int], how: Synthesise
@@ -42,9 +59,12 @@ class Generator:
         Args:
             labels: label maps on the grid.
             seeds: one a row.
-            how: scheduler, steps and guidance.
+            how: scheduler, steps, guidance and where sampling starts.
         """
         encoded = self.masks(labels)
+        drafts = self._drafts(labels, seeds) if how.start < 1 else None
+        if drafts is not None and how.start == 0:
+            return drafts
         latents = sample_latents(
             self.denoiser,
             encoded,
@@ -54,12 +74,22 @@ class Generator:
             how.scheduler,
             how.steps,
             how.guidance,
+            None if drafts is None else self.codec.encode(drafts),
+            how.start,
         )
         return self.codec.decode(latents)
 
+    def _drafts(self, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        if self.dresser is None:
+            raise StoreError("the generator folder holds no appearance statistics: synthesise.start must be 1")
+        maps = labels.cpu().numpy().astype(np.uint8)
+        drawn = [self.dresser.draft(x, np.random.default_rng(seed)) for x, seed in zip(maps, seeds, strict=True)]
+        return torch.from_numpy(np.stack(drawn)).to(labels.device)
+
     def to(self, device: torch.device) -> Generator:
         """Return the same generator on ``device`` (the modules move in place)."""
-        return Generator(self.denoiser.to(device), self.codec.to(device), self.masks.to(device), self.settings)
+        moved = self.denoiser.to(device), self.codec.to(device), self.masks.to(device)
+        return Generator(*moved, self.settings, self.dresser)
 
 
 def build_generator(grid: Grid, settings: Train, codec: Codec) -> Generator:
@@ -91,9 +121,18 @@ def load_generator(folder: Path, autoencoder: Path) -> Generator:
     except (OSError, json.JSONDecodeError) as error:
         raise StoreError("the generator folder holds no denoiser: run `medsynth train` again") from error
     train = Train.model_validate(settings["train"])
-    generator = build_generator(Grid.model_validate(settings["grid"]), train, load_codec(autoencoder))
+    grid = Grid.model_validate(settings["grid"])
+    generator = build_generator(grid, train, load_codec(autoencoder))
     if train.trainable == "lora":
         add_adapters(generator.denoiser, train.lora_rank)
     generator.denoiser.load_state_dict(weights)
     generator.denoiser.eval().requires_grad_(False)
-    return generator
+    if not (folder / APPEARANCE).is_file():
+        return generator
+    return replace(generator, dresser=load_dresser(folder, AppearanceSpace(grid, train.appearance)))
+
+
+def load_dresser(folder: Path, space: AppearanceSpace) -> Dresser:
+    """Read the released appearance statistics of a generator folder."""
+    with np.load(folder / APPEARANCE) as arrays:
+        return Dresser(space, AppearanceStatistics(**{name: arrays[name] for name in arrays.files}))

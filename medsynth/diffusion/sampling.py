@@ -52,6 +52,8 @@ def sample_latents(
     scheduler: Scheduler,
     steps: int,
     guidance: float = 1.0,
+    drafts: Float[Tensor, "batch latent *small"] | None = None,
+    start: float = 1.0,
 ) -> Float[Tensor, "batch latent *small"]:
     """Return one latent a mask and seed; each row depends on its own seed alone.
 
@@ -64,6 +66,8 @@ def sample_latents(
         scheduler: which of diffusers' schedulers.
         steps: number of denoising steps.
         guidance: 1 follows the conditional model; above 1 is classifier-free guidance (Ho and Salimans 2022, eq. 6).
+        drafts: latents to begin from when ``start`` is below 1.
+        start: share of the noise steps that drafts are noised by before they are denoised (Meng et al. 2022, SDEdit).
     """
     schedule = sampling_schedule(scheduler, settings)
     schedule.set_timesteps(steps)
@@ -71,9 +75,18 @@ def sample_latents(
     shape = (latent_channels, *masks.shape[2:])
     latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(masks.device)
     latents = latents * schedule.init_noise_sigma
+    timesteps = schedule.timesteps
+    if drafts is not None and start < 1:
+        skipped = int((timesteps >= start * settings.noise_steps).sum())
+        timesteps = timesteps[skipped:]
+        if not len(timesteps):
+            return drafts
+        if hasattr(schedule, "set_begin_index"):  # solvers of several steps keep count
+            schedule.set_begin_index(skipped)
+        latents = schedule.add_noise(drafts, latents, timesteps[:1].repeat(len(drafts)))
     # DDPM draws noise at every step: row by row, so that a row does not depend on its neighbours.
     extra = {"generator": streams} if scheduler == "ddpm" else {}
-    for step in schedule.timesteps:
+    for step in timesteps:
         prediction = _predict(model, schedule.scale_model_input(latents, step), int(step), masks, guidance)
         latents = schedule.step(prediction, step, latents, **extra).prev_sample
     return latents

@@ -24,7 +24,7 @@ from medsynth.study import RESOURCES, stored_study
 
 INTERNAL = "internal: measured on patients"
 PUBLIC = "released and public values: nothing of it was measured on patients without a mechanism"
-_IMAGE_NORM = 0.7  # of an image's vector in the appearance statistics, when its histogram is even
+_IMAGE_NORM = 1.7  # of an MRI's vector in the appearance statistics
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """What images look like given their label map, as one vector of statistics a patient.
 
-The mean of that vector over patients is released by one Gaussian mechanism. It gives the expected image of a label map
-(least squares on features of position and distance), how far images scatter around it at each voxel, and the spectrum
-of what scatters. Label maps dressed with it are public from then on, and any number of them may train the denoiser.
+The mean of that vector over patients is released by one Gaussian mechanism. It gives the distribution of grey values
+at each voxel of a label map: coefficients of a cosine series in the grey value, each a least-squares fit on features of
+position and distance. An image is drawn by reading one smooth random field as quantiles of these distributions. Where
+patients show either of two tissues the image shows one or the other with an edge between them, not their average
+under noise. Label maps dressed with it are public from then on, and any number of them may train the denoiser.
+
+Sources: orthogonal series for densities, Chentsov (1962); a Gaussian field read as quantiles, Nelsen (2006), ch. 2.
 """
 
 from __future__ import annotations
@@ -13,21 +17,22 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
+from scipy import ndimage
+from scipy.special import ndtr
 
 from medsynth.config import Appearance, Grid
-from medsynth.models.label_features import LabelFeatures, LeastSquares
+from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles
 from medsynth.models.pose import Array
 
-# Weights under one clip, so that noise reaches each part in proportion to what it bears.
-_COUNT_WEIGHT = 0.2
-_SQUARE_WEIGHT = 0.5
-_SPECTRUM_WEIGHT = 0.5
+_COUNT_WEIGHT = 0.5  # of the entry that counts patients, under one clip with the rest
 _LEAST_COUNT = 0.3  # a noisy count below this share of the denominator is taken as this share
-_SD_RANGE = (0.05, 0.7)  # public: texture of an image in [-1, 1]
-_OCTAVE_EDGES = (0.004, 0.012, 0.025, 0.045, 0.075, 0.12, 0.2)  # cycles a voxel at which a frequency bin ends
-_STRENGTH = 0.75  # of the texture: what it holds of other anatomy only blurs edges as a random field
-_LEAST_SHARE = 0.05  # of a bin's whole power that is texture, however much the expected image explains
+_LEAST_DENSITY = 0.03  # of the even one: truncated and noisy series go below zero
+_SHARPENING = 2.0  # power of a density: takes away the grey values that truncation and noise add everywhere
+_CELLS = 24  # of the grey values' range, within which a density is even
+_NEAR_SHARE = 2 / 3  # of the coefficients an axis, for what follows the surface
+_FIELD = ((1.5, 0.6), (6.0, 0.8))  # correlation lengths (mm; voxels where there is no spacing) and their weights
+_GRAIN = 0.06  # public: standard deviation of the fine noise of an image in [-1, 1]
+_GRAIN_LENGTH = 0.5  # voxels
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,10 @@ class AppearanceStatistics:
     """What was released, ready to dress label maps.
 
     Attributes:
-        mean: (channel, feature) weights of the expected image.
-        variance: (channel, feature) weights of the squared deviation from it.
-        spectrum: (bin,) mean square of each cosine coefficient of the texture, whose variance is 1.
+        density: (channel, level, feature) weights of the cosine coefficients of the grey values' density.
     """
 
-    mean: Array
-    variance: Array
-    spectrum: Array
+    density: Array
 
 
 class AppearanceSpace:
@@ -50,49 +51,43 @@ class AppearanceSpace:
 
     Args:
         grid: the public voxel grid.
-        settings: coefficients of the expected image.
+        settings: coefficients of position and of the grey value.
         maps: label maps of the mask generator (public or released, never patients'), which stand for the patients'
-            when the least squares are solved; needed for everything but :attr:`size`.
+            when the least squares are solved; needed for :meth:`vector` and :meth:`statistics`.
     """
 
     def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
-        half, quarter = (tuple(-(-n // share) for n in settings.coefficients) for share in (2, 4))
         self.grid = grid
-        self.features = LabelFeatures(grid, settings.coefficients, half)
-        self.square_features = LabelFeatures(grid, half, quarter)
+        self.levels = settings.levels
+        near = tuple(int(np.ceil(_NEAR_SHARE * count)) for count in settings.coefficients)
+        self.features = LabelFeatures(grid, settings.coefficients, near)
         self._maps = maps
-        self._bins = _frequency_bins(grid.shape)
-        self._bin_sizes = np.bincount(self._bins.reshape(-1))
+        edges = np.linspace(-1, 1, _CELLS + 1)
+        self._edge_waves = self._waves(edges).astype(np.float32)
+        spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
+        self._field = [(length / spacing, weight) for length, weight in _FIELD]
 
     @property
     def size(self) -> int:
         """Length of a patient's vector."""
-        values = self.features.size + self.square_features.size
-        return 1 + self.grid.channels * values + len(self._bin_sizes)
+        return 1 + self.grid.channels * self.levels * self.features.size
 
     @cached_property
-    def _fits(self) -> tuple[LeastSquares, LeastSquares]:
-        return LeastSquares(self.features, self._maps), LeastSquares(self.square_features, self._maps)
+    def _fit(self) -> LeastSquares:
+        return LeastSquares(self.features, self._maps)
 
     def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
         """Return the statistics of one image, zeros for one without foreground.
 
         Args:
-            image: (channel, \\*spatial) in [-1, 1]; one of even histogram has a vector of norm 0.7.
+            image: (channel, \\*spatial) in [-1, 1].
             label: (\\*spatial) integers.
         """
         if not self.features.has_pose(label):
             return np.zeros(self.size)
-        means, squares = self._fits
-        share = 1 / np.sqrt(self.grid.channels)
-        parts = [
-            np.array([_COUNT_WEIGHT]),
-            share * means.vector(image, label).reshape(-1),
-            share * _SQUARE_WEIGHT * squares.vector(np.square(image), label).reshape(-1),
-            # The root keeps weak, fine bins above the noise.
-            _SPECTRUM_WEIGHT * np.sqrt(self._power(image)),
-        ]
-        return np.concatenate(parts)
+        waves = self._waves(np.asarray(image)).swapaxes(0, 1).reshape(-1, *label.shape)
+        moments = self._fit.vector(waves, label) / np.sqrt(self.grid.channels)
+        return np.concatenate([[_COUNT_WEIGHT], moments.reshape(-1)])
 
     def statistics(self, mean: Array, noise_sd: float) -> AppearanceStatistics:
         """Read the released mean of :meth:`vector` (a sum over a public denominator) back into statistics.
@@ -101,52 +96,50 @@ class AppearanceSpace:
             mean: the released vector; its first entry is the noisy ratio of patients to the denominator.
             noise_sd: standard deviation of the noise in each entry (public), for shrinking.
         """
-        count = max(mean[0] / _COUNT_WEIGHT, _LEAST_COUNT)
-        values, noise, channels = mean[1:] / count, noise_sd / count, self.grid.channels
-        unshare = np.sqrt(channels)
-        first, end = channels * self.features.size, channels * (self.features.size + self.square_features.size)
-        fit, square_fit = self._fits
-        weights = fit.solve(unshare * values[:first].reshape(channels, -1), unshare * noise)
-        expected = [self.features.combine(weights, label).clip(-1, 1) for label in self._maps]
-        # The expected images' own squares and power are known from the label maps: what is left is scatter.
-        explained = np.mean(
-            [square_fit.vector(x**2, label) for x, label in zip(expected, self._maps, strict=True)], axis=0
-        )
-        squares = values[first:end].reshape(channels, -1) * unshare / _SQUARE_WEIGHT - explained
-        variance = square_fit.solve(squares, unshare * noise / _SQUARE_WEIGHT)
-        total = np.maximum(np.maximum(values[end:] / _SPECTRUM_WEIGHT, 0) ** 2 - (noise / _SPECTRUM_WEIGHT) ** 2, 0)
-        return AppearanceStatistics(weights, variance, self._texture_spectrum(total, expected))
+        scale = np.sqrt(self.grid.channels) / max(mean[0] / _COUNT_WEIGHT, _LEAST_COUNT)
+        weights = self._fit.solve(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale)
+        return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1))
 
     def render(
         self, label: NDArray[np.uint8], statistics: AppearanceStatistics, rng: np.random.Generator
     ) -> NDArray[np.float32]:
         """Return an image (channel, \\*spatial) in [-1, 1] of a label map, dressed with released statistics.
 
-        All channels share one texture, each with its own strength: light and tissue change colours together.
+        All channels share one field: light and tissue change colours together.
         """
-        expected = self.features.combine(statistics.mean, label)
-        variance = self.square_features.combine(statistics.variance, label)
-        spread = np.sqrt(np.clip(variance, _SD_RANGE[0] ** 2, _SD_RANGE[1] ** 2))
-        waves = np.sqrt(statistics.spectrum)[self._bins] * rng.standard_normal(self.grid.shape)
-        return np.clip(expected + _STRENGTH * spread * fft.idctn(waves, norm="ortho"), -1, 1).astype(np.float32)
+        rank = ndtr(self._smooth_field(rng)).astype(np.float32).reshape(-1, 1)
+        planes = [_quantile(self._distribution(weights, label), rank) for weights in statistics.density]
+        grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
+        image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
+        return np.clip(image, -1, 1).astype(np.float32)
 
-    def _power(self, image: NDArray[np.floating]) -> Array:
-        """Return each bin's share of the mean square of an image's grey values; the shares add up to it."""
-        waves = fft.dctn(image.mean(0), norm="ortho")
-        return np.bincount(self._bins.reshape(-1), np.square(waves).reshape(-1)) / waves.size
+    def _waves(self, values: NDArray[np.floating]) -> Array:
+        """Return cosines (level, \\*values) of grey values in [-1, 1], of unit mean square over that range."""
+        orders = np.arange(1, self.levels + 1).reshape(-1, *(1,) * values.ndim)
+        return np.asarray(np.sqrt(2.0) * np.cos(np.pi / 2 * orders * (values + 1)))
 
-    def _texture_spectrum(self, total: Array, expected: Sequence[Array]) -> Array:
-        explained = np.mean([self._power(image) for image in expected], axis=0)
-        texture = np.maximum(total - explained, _LEAST_SHARE * total)
-        if not texture.any():
-            texture = self._bin_sizes.astype(float)  # all noise: white
-        return np.asarray(texture / texture.sum() * self._bins.size / self._bin_sizes)
+    def _distribution(self, weights: Array, label: NDArray[np.uint8]) -> Singles:
+        """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
+        series = self.features.combine(weights, label).reshape(self.levels, -1).astype(np.float32)
+        density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** _SHARPENING
+        cells = np.cumsum(density[:, 1:] + density[:, :-1], axis=1)
+        return np.pad(cells / cells[:, -1:], ((0, 0), (1, 0)))
+
+    def _smooth_field(self, rng: np.random.Generator) -> Array:
+        """Return a field of unit variance: tissues that go on for a while, elsewhere in each image."""
+        total = np.zeros(self.grid.shape)
+        for length, weight in self._field:
+            total += weight * _standard(ndimage.gaussian_filter(rng.standard_normal(total.shape), length, mode="wrap"))
+        return total / np.sqrt(sum(weight**2 for _, weight in self._field))
 
 
-def _frequency_bins(shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return the bin (\\*spatial) of each cosine coefficient: octaves an axis, jointly, numbered without gaps."""
-    lines = [np.digitize(np.arange(size) / (2 * size), _OCTAVE_EDGES) for size in shape]
-    joint = np.zeros(shape, dtype=np.int64)
-    for line in np.meshgrid(*lines, indexing="ij"):
-        joint = joint * (len(_OCTAVE_EDGES) + 1) + line
-    return np.asarray(np.unique(joint, return_inverse=True)[1].reshape(shape), dtype=np.int64)
+def _quantile(distribution: Singles, rank: Singles) -> Singles:
+    """Return the grey value (voxel,) at each voxel's rank (voxel, 1)."""
+    rows = np.arange(len(rank))
+    cell = np.clip((distribution < rank).sum(1) - 1, 0, _CELLS - 1)
+    low, high = distribution[rows, cell], distribution[rows, cell + 1]
+    return np.asarray(-1 + 2 / _CELLS * (cell + (rank[:, 0] - low) / np.maximum(high - low, 1e-6)), np.float32)
+
+
+def _standard(field: Array) -> Array:
+    return np.asarray(field / np.maximum(field.std(), 1e-12))

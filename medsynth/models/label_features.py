@@ -1,7 +1,8 @@
 """What a label map says about every voxel: features of position and distance, and public least squares on them.
 
-Features of a voxel are low-pass cosines of its place in the foreground's canonical frame, the same (fewer) cosines in
-bands of signed distance to the foreground, so that edges follow the label, and one indicator a label.
+Features of a voxel are low-pass cosines of its place around the foreground; (fewer) cosines of its place in the
+foreground's canonical frame in bands of signed distance to the foreground, so that edges follow the label; and one
+indicator a label.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from medsynth.models.pose import Array, Pose, PoseFrame
 
 Singles = NDArray[np.float32]
 
-_BANDS = (-4.0, -2.0, 0.0, 2.0, 4.0, 8.0)  # knots in voxels from the foreground, inside negative; the last is far
-_HALF_WIDTH_SD = 4.0  # of the frame; beyond it the cosines keep their edge
-_ISOTROPY = 0.5  # what surrounds an organ stretches less than the organ does
+_BANDS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # voxels from the foreground, inside negative
+_WIDE_SD, _NARROW_SD = 4.0, 2.5  # half widths of the frames; beyond them the cosines keep their edge
+_ISOTROPY = 0.5  # of the wide frame: what surrounds an organ stretches less than the organ does
 _GROUPS = 8  # frequency bands that are shrunk together
 _RIDGE = 0.02  # of the mean square of a feature: holds back what hardly any label map shows
 _GRAM_VOXELS = 3000  # drawn a label map
@@ -40,8 +41,7 @@ class LabelFeatures:
         self._frame = PoseFrame(grid, tuple(narrow), 1.0)
         self._wide, wide_radius = _low_pass(wide)
         self._narrow, narrow_radius = _low_pass(narrow)
-        self._orders = [max(pair) for pair in zip(wide, narrow, strict=True)]
-        self._bands = len(_BANDS) - 1  # the far one is left to position alone
+        self._bands = len(_BANDS) - 1  # the last, far one is left to position alone
         near = _GROUPS + np.tile(_group(narrow_radius), self._bands)
         labels = np.full(grid.classes - 1, 2 * _GROUPS)
         self.groups: NDArray[np.int64] = np.concatenate([_group(wide_radius), near, labels])
@@ -88,22 +88,19 @@ class LabelFeatures:
         """Return wide and narrow cosines, band weights, label indicators, (feature, voxel), and what a voxel counts."""
         pose, chosen = self._pose(label), slice(None) if voxels is None else voxels
         offset = self._frame.voxels[:, chosen] - pose.centre[:, None]
-        place = np.clip(np.linalg.solve(pose.stretch, offset) / _HALF_WIDTH_SD, -1, 1).astype(np.float32)
-        cosines = [_cosines(line, count) for line, count in zip(place, self._orders, strict=True)]
+        wide = _product(_places(_tempered(pose.stretch), offset, _WIDE_SD), self._wide)
+        narrow = _product(_places(pose.stretch, offset, _NARROW_SD), self._narrow)
         distance = signed_distance(label > 0).reshape(-1)[chosen]
         hats = _hats(distance)[: self._bands]
         counts = (1 / (1 + np.square(np.maximum(distance, 0) / _NEAR))).astype(np.float32)
         parts = np.stack([label.reshape(-1)[chosen] == value for value in range(1, self.grid.classes)])
-        return _product(cosines, self._wide), _product(cosines, self._narrow), hats, parts.astype(np.float32), counts
+        return wide, narrow, hats, parts.astype(np.float32), counts
 
     def _pose(self, label: NDArray[np.uint8]) -> Pose:
         vector = self._frame.pose_vector(label)
         if vector is None:
             raise ValueError("a label map without foreground has no pose: draw another")
-        pose = self._frame.pose(vector)
-        values, vectors = np.linalg.eigh(pose.stretch)
-        tempered = values ** (1 - _ISOTROPY) * np.exp(np.log(values).mean()) ** _ISOTROPY
-        return Pose(pose.centre, (vectors * tempered) @ vectors.T)
+        return self._frame.pose(vector)
 
 
 class LeastSquares:
@@ -159,13 +156,27 @@ def _group(radius: Array) -> NDArray[np.int64]:
     return np.asarray((radius * _GROUPS).astype(np.int64))
 
 
+def _tempered(stretch: Array) -> Array:
+    """Return a stretch whose axes differ less, at the same volume."""
+    values, vectors = np.linalg.eigh(stretch)
+    tempered = values ** (1 - _ISOTROPY) * np.exp(np.log(values).mean()) ** _ISOTROPY
+    return np.asarray((vectors * tempered) @ vectors.T)
+
+
+def _places(stretch: Array, offset: Array, half_width: float) -> Singles:
+    """Return places (axis, voxel) in [-1, 1] of a frame."""
+    return np.clip(np.linalg.solve(stretch, offset) / half_width, -1, 1).astype(np.float32)
+
+
 def _cosines(line: Singles, count: int) -> Singles:
     """Return cosines of unit mean square (frequency, voxel) of places in [-1, 1]."""
     order = np.arange(count, dtype=np.float32)[:, None]
     return np.asarray(np.cos(np.pi / 2 * order * (line + 1)) * np.where(order > 0, np.sqrt(2.0), 1.0), np.float32)
 
 
-def _product(cosines: Sequence[Singles], waves: NDArray[np.int64]) -> Singles:
+def _product(places: Singles, waves: NDArray[np.int64]) -> Singles:
+    """Return products of cosines (wave, voxel) of places."""
+    cosines = [_cosines(line, count) for line, count in zip(places, waves.max(0) + 1, strict=True)]
     product = cosines[0][waves[:, 0]]
     for line, order in zip(cosines[1:], waves.T[1:], strict=True):
         product = product * line[order]

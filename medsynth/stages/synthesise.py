@@ -43,6 +43,7 @@ class Row:
     scheduler: str
     steps: int
     guidance: float
+    start: float
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
@@ -89,6 +90,7 @@ def plan(config: Study) -> list[Row]:
             scheduler=how.scheduler,
             steps=how.steps,
             guidance=how.guidance,
+            start=how.start,
         )
         for index in range(how.pairs)
     ]

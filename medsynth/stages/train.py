@@ -24,8 +24,15 @@ from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import open_device
 from medsynth.diffusion.fitting import Draw, Report, fit
-from medsynth.diffusion.generator import WEIGHTS, Generator, build_generator, save_generator
-from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
+from medsynth.diffusion.generator import (
+    APPEARANCE,
+    WEIGHTS,
+    Generator,
+    build_generator,
+    load_dresser,
+    save_generator,
+)
+from medsynth.models.appearance import AppearanceSpace
 from medsynth.models.autoencoder import load_codec
 from medsynth.randomness import generator
 from medsynth.stages import private_training
@@ -38,7 +45,6 @@ from medsynth.tracking import Tracker
 if TYPE_CHECKING:
     from medsynth.imaging.cohort import Patient
 
-APPEARANCE = "appearance.npz"
 _PRETRAINED = "pretrained.safetensors"
 _GRAM_MAPS = 48  # label maps that stand for the patients' in the least squares of appearance
 _NO_CLIP = 1e12
@@ -62,6 +68,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
         if config.train.pretrain_steps:
             _pretrain(job, built, state)
+        elif config.train.appearance.enabled:
+            _appearance(job, appearance_space(job), state)
         count = private_training.choose_trainable(config.train, built)
         logs.say("training on patients", trainable_parameters=count, private=config.privacy.private)
         if config.train.steps:
@@ -137,11 +145,11 @@ def _dresser(job: Job, state: dict[str, Any]) -> Callable[[np.ndarray, np.random
     if not job.config.train.appearance.enabled:
         return lambda label, rng: render(label, job.config.grid, rng)
     space = appearance_space(job)
-    released = _appearance(job, space, state)
-    return lambda label, rng: space.render(label, released, rng)
+    _appearance(job, space, state)
+    return load_dresser(job.folder, space).draft
 
 
-def _appearance(job: Job, space: AppearanceSpace, state: dict[str, Any]) -> AppearanceStatistics:
+def _appearance(job: Job, space: AppearanceSpace, state: dict[str, Any]) -> None:
     """Release the appearance statistics of the patients (once; a resumed run reads them back)."""
     from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.mechanism import GaussianSum
@@ -164,8 +172,6 @@ def _appearance(job: Job, space: AppearanceSpace, state: dict[str, Any]) -> Appe
         path.write_bytes(released.getvalue())
         state["entries"]["appearance"] = entry
         job.save(state)
-    with np.load(path) as arrays:
-        return AppearanceStatistics(**{name: arrays[name] for name in arrays.files})
 
 
 def appearance_vectors(patients: Iterable[Patient], space: AppearanceSpace) -> Iterator[np.ndarray]:

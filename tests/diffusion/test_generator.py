@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from medsynth.config import Study, Synthesise
 from medsynth.diffusion.fitting import fit
-from medsynth.diffusion.generator import Generator, build_generator, load_generator, save_generator
+from medsynth.diffusion.generator import APPEARANCE, Dresser, Generator, build_generator, load_generator, save_generator
 from medsynth.errors import StoreError
 from medsynth.imaging.phantom import phantom_pairs
 from medsynth.models.adapters import add_adapters
+from medsynth.models.appearance import AppearanceSpace
 from medsynth.models.autoencoder import build_codec, save_codec
 
 HOW = Synthesise(scheduler="ddim", steps=3, batch_size=2)
@@ -88,3 +91,34 @@ def test_fitting_learns_the_images_that_belong_to_the_masks(tiny_study: Study) -
     fit(built.denoiser, draw, range(80), 80, 5e-3, tiny_study.train, torch.Generator().manual_seed(0), report)
     assert len(losses) == 80 and sum(losses[-20:]) < 0.9 * sum(losses[:20])
     assert any(not torch.equal(value, before[name]) for name, value in built.denoiser.state_dict().items())
+
+
+def dressed(study: Study, built: Generator) -> tuple[Generator, Dresser]:
+    space = AppearanceSpace(study.grid, study.train.appearance, list(labels(study).numpy()))
+    mean = np.random.default_rng(0).normal(0, 0.1, space.size)
+    dresser = Dresser(space, space.statistics(mean, 0.01))
+    return replace(built, dresser=dresser), dresser
+
+
+def test_the_pairs_may_be_the_drafts_or_begin_from_them(tiny_study: Study) -> None:
+    built, dresser = dressed(tiny_study, shaken(generator(tiny_study)))
+    here = labels(tiny_study)
+    draft = torch.from_numpy(
+        np.stack([dresser.draft(x, np.random.default_rng(seed)) for seed, x in enumerate(here.numpy())])
+    )
+    images = {start: built.render(here, [0, 1], HOW.model_copy(update={"start": start})) for start in (0.0, 0.4, 1.0)}
+    assert torch.equal(images[0.0], draft)
+    errors = [float((image - draft).square().mean()) for image in images.values()]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_drafts_survive_the_disk(tiny_study: Study, tmp_path: Path) -> None:
+    built, dresser = dressed(tiny_study, generator(tiny_study))
+    save_codec(built.codec, tiny_study.grid, tiny_study.encode, tmp_path)
+    save_generator(built, tiny_study.grid, tmp_path)
+    how = HOW.model_copy(update={"start": 0.0})
+    with pytest.raises(StoreError, match="start must be 1"):
+        load_generator(tmp_path, tmp_path).render(labels(tiny_study), [1, 2], how)
+    np.savez(tmp_path / APPEARANCE, **vars(dresser.statistics))
+    again = load_generator(tmp_path, tmp_path)
+    assert torch.equal(again.render(labels(tiny_study), [1, 2], how), built.render(labels(tiny_study), [1, 2], how))

@@ -119,3 +119,19 @@ def test_sampling_starts_at_pure_noise_and_takes_the_steps_asked_for(name: Sched
     sample_latents(Watch(), masks(2), 2, [1, 2, 3], SETTINGS, name, 10)
     assert asked[0] == 999 and asked == sorted(asked, reverse=True)
     assert len(set(asked)) == 10
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_draft_shows_the_more_the_later_sampling_starts(name: str) -> None:
+    drafts = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    likeness = []
+    for start in (0.2, 0.6, 1.0):
+        found = sample_latents(
+            GaussianOracle(1.0), torch.zeros(2, 1, 32, 32), 1, [1, 2], SETTINGS, name, 20, drafts=drafts, start=start
+        )
+        likeness.append(float(torch.corrcoef(torch.stack([found.flatten(), drafts.flatten()]))[0, 1]))
+    assert likeness[0] > 0.8 and likeness[0] > likeness[1] + 0.1 and abs(likeness[2]) < 0.1
+    kept = sample_latents(
+        GaussianOracle(1.0), torch.zeros(2, 1, 32, 32), 1, [1, 2], SETTINGS, name, 20, 1.0, drafts, 0.0
+    )
+    assert torch.equal(kept, drafts)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from medsynth.config import Appearance, Grid
 from medsynth.imaging.phantom import phantom_pairs, sample_label_maps, smooth_field
@@ -31,11 +32,11 @@ def space(rank: int = 2, channels: int = 1) -> AppearanceSpace:
 
 
 def pairs(rank: int, channels: int, count: int = 24) -> tuple[list[np.ndarray], np.ndarray]:
-    """Label maps with known intensities and one smooth texture that reaches the channels in known strengths."""
+    """Label maps with known intensities and one smooth texture in all channels."""
     labels, images = sample_label_maps(grid(rank), count, 2), []
     for index, label in enumerate(labels):
         texture = smooth_field(np.random.default_rng(index), label.shape, 8)
-        planes = [_VALUES[label] + strength * texture for strength in (0.15, 0.1, 0.05)[:channels]]
+        planes = [_VALUES[label] + strength * texture for strength in (0.3, 0.2, 0.1)[:channels]]
         images.append(np.stack(planes).clip(-1, 1).astype(np.float32))
     return images, labels
 
@@ -62,23 +63,33 @@ def test_dressed_images_show_the_labels_and_follow_the_seed(rank: int, channels:
     assert not np.array_equal(layout.render(label, found, np.random.default_rng(2)), dressed)
 
 
-def test_the_channels_share_one_texture_in_their_own_strengths() -> None:
+def test_the_channels_share_one_field() -> None:
     layout = space(2, 3)
     found, label = layout.statistics(released(2, 3), 0.0), sample_label_maps(grid(2), 1, 9)[0]
     draws = np.stack([layout.render(label, found, np.random.default_rng(seed)) for seed in range(40)])
     rest = (draws - draws.mean(0))[:, :, label == 0]
-    strengths = rest.std(axis=(0, 2))
-    assert strengths[0] > strengths[1] > strengths[2]
-    assert np.corrcoef(rest[:, 0].reshape(-1), rest[:, 2].reshape(-1))[0, 1] > 0.8
+    assert np.corrcoef(rest[:, 0].reshape(-1), rest[:, 2].reshape(-1))[0, 1] > 0.5
 
 
-def test_texture_is_as_coarse_as_it_was() -> None:
+def test_either_of_two_tissues_stays_one_of_them() -> None:
+    """Half of the patients are dark around the organ, half are bright: no dressed image is grey there."""
+    layout, labels = space(), sample_label_maps(grid(2), 24, 2)
+    images = [np.where(label > 0, 0.0, 0.8 if index % 2 else -0.8)[None] for index, label in enumerate(labels)]
+    mean = np.mean([layout.vector(x, y) for x, y in zip(images, labels, strict=True)], axis=0)
+    found, label = layout.statistics(mean, 0.0), sample_label_maps(grid(2), 1, 9)[0]
+    around = ndimage.binary_dilation(label > 0, iterations=6) & ~ndimage.binary_dilation(label > 0, iterations=2)
+    values = np.stack([layout.render(label, found, np.random.default_rng(seed))[0][around] for seed in range(20)])
+    assert np.mean(np.abs(values) < 0.4) < 0.25
+    assert 0.3 < np.mean(values > 0) < 0.7
+
+
+def test_what_surrounds_a_voxel_looks_like_it() -> None:
     layout, label = space(), sample_label_maps(grid(2), 1, 9)[0]
     found = layout.statistics(released(2, 1), 0.0)
     draws = np.stack([layout.render(label, found, np.random.default_rng(seed))[0] for seed in range(40)])
     rest = draws - draws.mean(0)
     neighbours = np.corrcoef(rest[:, 1:].reshape(-1), rest[:, :-1].reshape(-1))[0, 1]
-    assert neighbours > 0.6, "white noise has 0, the field of the patients 0.9"
+    assert neighbours > 0.6, "white noise has 0"
 
 
 def test_a_vector_depends_on_its_own_image_alone_and_is_bounded() -> None:
