@@ -247,15 +247,23 @@ def _keep_resources(run: Path, verb: str, elapsed_s: float) -> None:
     path = run / RESOURCES
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     kept[verb] = {
         "elapsed_s": round(elapsed_s, 1),
         "peak_memory_gib": round(peak_kib / 2**20, 2),
-        "machine_memory_gib": round(machine / 2**30, 2),
+        "machine_memory_gib": round(_machine_memory() / 2**30, 2),
     }
     scratch = run / f".{RESOURCES}.partial"
     scratch.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+def _machine_memory() -> int:
+    """Return the bytes that this process may use: those of the machine, or of its container (cgroup v2)."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return machine
 
 
 def _meet_ranks() -> None:
