@@ -27,8 +27,10 @@ from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import derive_seed
 from medsynth.stages import comparison_page
 from medsynth.stages.comparison_results import (
+    Crowd,
     Statistician,
     agreement,
+    crowd_of,
     fidelity,
     floor_tables,
     memorisation,
@@ -231,11 +233,13 @@ def _result(
         for seed in settings.seeds
     ]
     logs.say("compare: label agreement, fidelity and memorisation", runs=len(sources))
+    sides = crowd_of(records(bench.train), judges), crowd_of(records(bench.test), judges)
+    count = study.evaluate.agreement_pairs
     return Comparison(
         medsynth_version=__version__,
         protocol=_protocol(bench, ruler, study, settings),
         floor=floor,
-        runs=tuple(_run(one, bench, judges, how, study.evaluate.agreement_pairs) for one in sources),
+        runs=tuple(_run(one, bench, judges, sides, how, count) for one in sources),
         training_sets=tuple(sets),
     )
 
@@ -258,8 +262,15 @@ def _protocol(bench: Bench, ruler: Ruler, study: Study, settings: Settings) -> P
     )
 
 
-def _run(source: Source, bench: Bench, judges: Sequence[torch.nn.Module], how: Statistician, count: int) -> Run:
-    """Return what is measured on a run's pairs; ``count`` of them are judged by networks of real patients."""
+def _run(
+    source: Source,
+    bench: Bench,
+    judges: Sequence[torch.nn.Module],
+    sides: tuple[Crowd, Crowd],
+    how: Statistician,
+    count: int,
+) -> Run:
+    """Return what is measured on a run's pairs, beside train and held-out patients; ``count`` of them are judged."""
     images, labels = bench.pairs[source.label]
     seed = derive_seed(bench.seed, "compare", "crowds")
     return Run(
@@ -272,7 +283,7 @@ def _run(source: Source, bench: Bench, judges: Sequence[torch.nn.Module], how: S
         synthetic=store.read_manifest(source.folder / "synthetic").digest,
         agreement=agreement(judges, images[:count], labels[:count], source.label, how),
         agreement_pairs=min(count, len(images)),
-        fidelity=fidelity(judges, records(bench.train), records(bench.test), images, seed),
+        fidelity=fidelity(*sides, crowd_of(images, judges), seed),
         memorisation=memorisation(bench.train, bench.test, images, labels, how.draws, seed),
     )
 

@@ -124,22 +124,31 @@ def agreement(
     return how.scores(f"agreement/{label}", np.stack([table(network) for network in networks]))
 
 
-def fidelity(
-    networks: Sequence[torch.nn.Module], train: Tensor, test: Tensor, synthetic: Tensor, seed: int
-) -> Fidelity:
+@dataclass(frozen=True)
+class Crowd:
+    """Images ``(record, channel, *spatial)`` and what each of our own networks makes of them, ``(record, feature)``."""
+
+    images: Tensor
+    features: tuple[Tensor, ...]
+
+
+def crowd_of(images: Tensor, networks: Sequence[torch.nn.Module]) -> Crowd:
+    """Return images with their features in networks that were trained on all real patients."""
+    return Crowd(images, tuple(bottleneck_features(network, images) for network in networks))
+
+
+def fidelity(train: Crowd, test: Crowd, synthetic: Crowd, seed: int) -> Fidelity:
     """Compare crowds of images in the features of our own networks; held-out patients are the yardstick.
 
     Args:
-        networks: trained on all real patients; what they find is averaged.
-        train: images ``(record, channel, *spatial)`` that the generator was to imitate.
-        test: held-out patients' images.
-        synthetic: synthetic images.
+        train: what the generator was to imitate.
+        test: held-out patients.
+        synthetic: what it made.
         seed: of thinning, random features and pairs.
     """
-    count = min(len(train), len(test), len(synthetic))
+    count = min(len(crowd.images) for crowd in (train, test, synthetic))
     rows = []
-    for network in networks:
-        known, held_out, made = (bottleneck_features(network, crowd) for crowd in (train, test, synthetic))
+    for known, held_out, made in zip(train.features, test.features, synthetic.features, strict=True):
         for turn in range(_THINNINGS):
             stream = derive_seed(seed, "thinning", turn)
             mmd = [crowd_discrepancy(known, crowd, stream) for crowd in (made, held_out)]
@@ -151,9 +160,9 @@ def fidelity(
         fid=fid,
         fid_held_out=fid_held_out,
         fid_images=count,
-        similarity=similarity_name(train.shape[2:]),
-        similarity_within_synthetic=similarity_within(synthetic, _SSIM_PAIRS, seed),
-        similarity_within_real=similarity_within(train, _SSIM_PAIRS, seed),
+        similarity=similarity_name(train.images.shape[2:]),
+        similarity_within_synthetic=similarity_within(synthetic.images, _SSIM_PAIRS, seed),
+        similarity_within_real=similarity_within(train.images, _SSIM_PAIRS, seed),
     )
 
 
