@@ -13,7 +13,7 @@ from medsynth.release.marks import DATASET_CARD, PRIVACY_PAGE
 from medsynth.release.signing import fingerprint
 
 _HOW = """\
-A generator of label maps and a mask-conditioned latent diffusion model learnt from a cohort at a hospital; every pair
+A generator of label maps and a mask-conditioned generator of images learnt from a cohort at a hospital; every pair
 was then sampled from the two."""
 _HOW_CERTIFIED = """ No patient's image or segmentation conditioned a pair, and no pair was selected by
 comparing it with patients."""

@@ -153,6 +153,8 @@ def public_inputs(config: Study) -> list[str]:
     ]
     if config.train.pretrain_steps:
         inputs.append(f"pre-training of the denoiser on {config.train.pretrain_phantoms} {_pretraining(config)}")
+    if config.synthesise.start < 1:
+        inputs.append("drafts of images, drawn from the released appearance statistics (charged above)")
     if config.masks.source == "public_shapes":
         inputs.append("label maps from public shapes")
     return inputs

@@ -259,6 +259,16 @@ def test_public_inputs_tell_what_pretraining_was_made_of(
         assert line.endswith(words) and ("charged above" in line or "procedural" in line)
 
 
+def test_public_inputs_tell_that_sampling_began_from_drafts(fake_study: Make) -> None:
+    drafted = [
+        line
+        for start in (1.0, 0.4)
+        for line in statement.public_inputs(fake_study(synthesise={"start": start}))
+        if "drafts" in line
+    ]
+    assert len(drafted) == 1 and drafted[0].endswith("(charged above)")
+
+
 def test_certificate_of_another_version_is_not_exported(
     fake_run: Run, fake_study: Make, one_accountant: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
