@@ -83,16 +83,8 @@ def main() -> None:
     from medsynth.study import stored_study
 
     torch.set_num_threads(arguments.threads)
-    study = config.load(stored_study(arguments.run))
-    changed = {"pairs": arguments.pairs, "steps": arguments.segment_steps}
-    pairs = {"pairs": changed["pairs"]} if changed["pairs"] else {}
-    steps = {"steps": changed["steps"]} if changed["steps"] else {}
-    study = study.model_copy(
-        update={
-            "synthesise": study.synthesise.model_copy(update=pairs),
-            "segment": study.segment.model_copy(update=steps),
-        }
-    )
+    asked = {"synthesise.pairs": arguments.pairs, "segment.steps": arguments.segment_steps}
+    study = config.load(stored_study(arguments.run), {name: value for name, value in asked.items() if value})
     identity = {
         "generator": store.read_manifest(arguments.run / "generator").digest,
         "grid": list(study.grid.shape),
@@ -104,7 +96,7 @@ def main() -> None:
     }
     wanted = settings(arguments.scheduler or SCHEDULERS, arguments.steps, arguments.more_ddpm)
     cells = arguments.out / "settings"
-    done = {key: found for key in wanted if (found := _kept(cells, key, identity)) is not None}
+    done = {key: kept for key in wanted if (kept := _kept(cells, key, identity)) is not None}
     if len(done) < len(wanted):
         bench = _open(study, arguments.run, range(arguments.seeds), arguments.dice)
         for key in logs.progress([k for k in wanted if k not in done], "settings measured", len(wanted) - len(done)):
