@@ -81,8 +81,12 @@ def _farthest(found: Mapping[str, Any]) -> str:
     if not candidates:
         return "a label is missing"
     _, label, kind, one = max(candidates, key=lambda candidate: candidate[0])
-    drawn, real = (f"{crowd['p5']:.3g} to {crowd['p95']:.3g}" for crowd in (one["synthetic"], one["real"]))
+    drawn, real = (f"{_short(crowd['p5'])} to {_short(crowd['p95'])}" for crowd in (one["synthetic"], one["real"]))
     return f"{_WORDS[kind]} of {label} (nine in ten {drawn}, real {real})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _shape_changes(evidence: Evidence) -> tuple[Change, ...]:

@@ -147,15 +147,15 @@ def noise_shares(statistics: MaskStatistics, space: ShapeSpace, mean_sd: float, 
         spread_sd: the same of the spread.
 
     Returns:
-        ``pose`` and ``shape``: length of the noise that is left in the mean, over how far patients are from it (root
-        mean square); ``spread``: length of the noise in the variances over theirs.
+        ``pose`` and ``shape``: expected error of the mean, noise and what shrinkage lost to it, over how far patients
+        are from it (root mean squares); ``spread``: length of the noise in the variances over theirs.
     """
     sizes = space.band_sizes
     # _shrink keeps (1 - v) of a coefficient of power P, v = sd^2 / P; from the power S it left, P follows.
     left = np.bincount(space.bands, statistics.shape_mean**2, space.band_count) / sizes
     half = mean_sd**2 + left / 2
     kept = np.where(left > 0, 1 - mean_sd**2 / (half + np.sqrt(np.maximum(half**2 - mean_sd**4, 0))), 0.0)
-    shape_noise = mean_sd * np.sqrt((kept**2 * sizes).sum())
+    shape_noise = mean_sd * np.sqrt((kept * sizes).sum())  # the error of Wiener's filter
     pose_noise = mean_sd / _POSE_WEIGHT * np.sqrt(space.pose_size)
     spread_noise = spread_sd * np.sqrt(space.band_count)
     return {
@@ -257,13 +257,16 @@ def _measure(patients: list[Patient], space: ShapeSpace, sums: _Sums, entropy: E
     shape_mean, kept = _shrink(shape_mean, space, noise_sd)
     centre = np.concatenate([[_COUNT_WEIGHT], pose_mean * _POSE_WEIGHT, shape_mean])
     spread = sums.spread.release(_spread_vectors(labels, space, centre, covariance), entropy)
-    spread_count = max(spread[0] / _SPREAD_COUNT_WEIGHT, _LEAST_COUNT)
+    raw_sd = sums.spread.noise_multiplier * sums.spread.clip_norm / sums.spread.denominator
+    # Both sums count the same patients: together they know it better, above all where the spread is clipped loosely.
+    counts = (count, spread[0] / _SPREAD_COUNT_WEIGHT)
+    spread_count = max(_joined(counts, (noise_sd * count / _COUNT_WEIGHT, raw_sd / _SPREAD_COUNT_WEIGHT)), _LEAST_COUNT)
     spread = spread / spread_count
     cut = 1 + space.pose_size**2
     pose_square = spread[1:cut].reshape(space.pose_size, -1) / _SPREAD_POSE_WEIGHT
     # Deviations were taken from noisy means: take that (public) noise out again.
     pose_square = pose_square - np.eye(space.pose_size) * (noise_sd / _POSE_WEIGHT) ** 2
-    square_sd = sums.spread.noise_multiplier * sums.spread.clip_norm / sums.spread.denominator / spread_count
+    square_sd = raw_sd / spread_count
     pose = positive_part(_towards_public(pose_square, square_sd / _SPREAD_POSE_WEIGHT))
     if covariance == "full":
         return MaskStatistics(pose_mean, pose, shape_mean, _full_root(spread[cut:], space))
@@ -308,6 +311,12 @@ def _spread_vectors(labels: list[np.ndarray], space: ShapeSpace, centre: Array, 
 def _split_mean(vector: Array, space: ShapeSpace) -> tuple[Array, Array]:
     cut = 1 + space.pose_size
     return vector[1:cut] / _POSE_WEIGHT, vector[cut:]
+
+
+def _joined(values: tuple[float, float], noise_sds: tuple[float, float]) -> float:
+    """Return the mean of two noisy measurements of one number, each weighted by the inverse of its variance."""
+    first, second = (sd**2 for sd in noise_sds)
+    return (values[0] * second + values[1] * first) / (first + second) if first + second else values[0]
 
 
 def _shrink(shape_mean: Array, space: ShapeSpace, noise_sd: float) -> tuple[Array, Array]:

@@ -249,12 +249,21 @@ def test_noise_is_told_from_signal_by_what_was_released(rank: int) -> None:
     shrunk, kept = masks._shrink(released.shape_mean + noise, space, noise_sd)
     noisy = MaskStatistics(released.pose_mean, released.pose_covariance, shrunk, released.spread)
     shares = masks.noise_shares(noisy, space, noise_sd, 1e-5)
-    left = np.linalg.norm(np.sqrt(kept)[space.bands] * noise)
+    signal = np.bincount(space.bands, released.shape_mean**2, space.band_count) > 0.01 * space.band_sizes
+    error = np.linalg.norm((shrunk - released.shape_mean)[(signal & (kept > 0))[space.bands]])
     differ = np.sqrt((released.spread * space.band_sizes).sum())
-    assert shares["shape"] == pytest.approx(left / differ, rel=0.25)
+    assert shares["shape"] == pytest.approx(error / differ, rel=0.25)
     assert shares["pose"] == pytest.approx(0.03 / np.sqrt(4e-3)) and shares["spread"] == pytest.approx(0.1)
     quiet = masks.noise_shares(noisy, space, noise_sd / 100, 1e-7)
     assert all(quiet[name] < 0.05 * shares[name] for name in shares)
+
+
+def test_two_noisy_counts_are_joined_by_how_sure_they_are() -> None:
+    assert masks._joined((0.8, 1.4), (0.1, 0.2)) == pytest.approx(0.8 + 0.6 / 5)
+    assert masks._joined((0.8, 1.4), (0.1, 1e6)) == pytest.approx(0.8) and masks._joined((0.9, 1.0), (0.0, 0.0)) == 0.9
+    rng = np.random.default_rng(0)
+    draws = [masks._joined(tuple(1 + rng.normal(0, (0.1, 0.4))), (0.1, 0.4)) for _ in range(500)]
+    assert np.std(draws) < 0.1 and np.mean(draws) == pytest.approx(1, abs=0.02)
 
 
 def volume(maps: list[np.ndarray], value: int) -> float:
