@@ -1,4 +1,4 @@
-"""Label maps of a volume that was asked for: the foreground is scaled, and its labels share it anew.
+"""Label maps whose labels share their foreground anew: with volumes that were asked for, or with smooth borders.
 
 A label map comes in and a label map goes out, so that this follows any generator of label maps; on maps drawn from
 released statistics it is post-processing and costs no privacy.
