@@ -24,7 +24,6 @@ from medsynth.study import RESOURCES, stored_study
 
 INTERNAL = "internal: measured on patients"
 PUBLIC = "released and public values: nothing of it was measured on patients without a mechanism"
-_IMAGE_NORM = 1.7  # of an MRI's vector in the appearance statistics
 
 
 @dataclass(frozen=True)
@@ -151,12 +150,13 @@ def _noise(run: Path, study: Study) -> dict[str, float]:
         masks = load_masks(run / "masks")
         if masks.statistics is not None:
             found |= noise_shares(masks.statistics, masks.space, means, spread)
-    appearance = _noise_sd(entries, "appearance")
-    if appearance:
+    appearance, entry = _noise_sd(entries, "appearance"), _last(entries, "appearance")
+    if appearance and entry:
         from medsynth.models.appearance import AppearanceSpace
 
         size = AppearanceSpace(study.grid, study.train.appearance).size
-        found["appearance"] = appearance * math.sqrt(size) / _IMAGE_NORM
+        # No mean is longer than the clip norm, which is chosen a little above what patients' vectors have.
+        found["appearance"] = appearance * math.sqrt(size) / entry["sensitivity"]["clip_norms"]["appearance"]
     count, steps = _details(run / "generator").get("trainable_parameters"), _last(entries, "denoiser")
     if count and steps:
         event = steps["events"][0]

@@ -208,7 +208,8 @@ def disobeyed_masks(evidence: Evidence) -> list[Finding]:
     if seen is None or not real or margin is None or margin < limits.JUDGE_MARGIN.value:
         return []  # a weak judge finds no mask in anything
     share = seen / real
-    guided = evidence.study.train.mask_dropout > 0
+    study = evidence.study
+    guided, drafts = study.train.mask_dropout > 0, study.train.appearance.enabled and study.synthesise.start == 1
     return beyond(
         Finding(
             rule="disobeyed-masks",
@@ -220,8 +221,9 @@ def disobeyed_masks(evidence: Evidence) -> list[Finding]:
             off=below(share, limits.AGREEMENT),
             changes=(
                 Change("train.pretrain_steps", "raise"),
+                *((Change("synthesise.start", "lower", "to begin from drafts"),) if drafts else ()),
                 *((Change("synthesise.guidance", "raise", "to 1.5 to 3"),) if guided else ()),
-                *((Change("privacy.shares.appearance", "raise"),) if evidence.study.privacy.private else ()),
+                *((Change("privacy.shares.appearance", "raise"),) if study.privacy.private else ()),
                 Change("synthesise.steps", "raise"),
             ),
             source=INTERNAL,

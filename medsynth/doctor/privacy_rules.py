@@ -33,8 +33,12 @@ _STATISTICS = {
     ),
     "appearance": (
         "what is released of the images (appearance)",
-        "an image of even histogram",
-        (Change("privacy.shares.appearance", "raise"), Change("train.appearance.coefficients", "lower")),
+        "the clip norm of a patient's vector",
+        (
+            Change("privacy.shares.appearance", "raise"),
+            Change("train.appearance.coefficients", "lower"),
+            Change("train.appearance.levels", "lower"),
+        ),
     ),
 }
 

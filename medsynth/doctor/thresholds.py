@@ -49,7 +49,8 @@ DENOISER_ERROR = Threshold(
 AGREEMENT = Threshold(0.7, "of the Dice on real images; below it a third of every mask contradicts its image")
 ALIKE = Threshold(0.15, "of SSIM between different images, above that of real ones: the generator repeats itself")
 STATISTIC_NOISE = Threshold(
-    0.5, "half as long as the signal; label agreement fell from 0.7 to 0.3 as it rose from 0.3 to 0.9"
+    0.5,
+    "half as long as the signal; label agreement once fell from 0.7 to 0.3 as that of appearance rose from 0.3 to 0.9",
 )
 TRAINING_NOISE = Threshold(
     0.45, "1/sqrt(5): beyond, noise moves the parameters more than patients do, because real gradients never all agree"
