@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from medsynth.metrics.membership import roc as roc_curve
@@ -165,7 +166,6 @@ def label_maps(values: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]
             axis.set_xlabel(name, fontsize=9)
             axis.set_ylabel("")
             axis.tick_params(labelsize=8)
-            axis.margins(x=0.02)
         line[0].set_ylabel(f"{label}\nshare (%)")
     axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.subplots_adjust(wspace=0.25, hspace=0.55)
@@ -291,6 +291,9 @@ def _two_histograms(axis: Axes, real: np.ndarray, synthetic: np.ndarray, name: s
     both = np.concatenate([real, synthetic])
     whole = bool(both.size and np.all(both == both.round()) and np.ptp(both) < _BINS)
     edges = np.arange(both.min() - 0.5, both.max() + 1) if whole else np.histogram_bin_edges(both, bins=_BINS)
+    if whole:
+        axis.set_xlim(both.min() - 1, both.max() + 1)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for values, colour, label in ((real, _REAL, name), (synthetic, _SYNTHETIC, "synthetic")):
         weights = np.full(len(values), 100 / max(1, len(values)))
         axis.hist(values, bins=edges.tolist(), weights=weights, color=colour, alpha=0.55, label=label)
