@@ -277,7 +277,10 @@ class Synthesise(Section):
 class Segment(Section):
     """The downstream segmentation model; one recipe for real, synthetic and mixed training."""
 
-    regimes: tuple[Literal["real_only", "synthetic_only", "mixed"], ...] = ("real_only", "synthetic_only", "mixed")
+    regimes: tuple[Literal["real_only", "synthetic_only", "mixed", "reconstructed"], ...] = Field(
+        ("real_only", "synthetic_only", "mixed"),
+        description="reconstructed: patients passed through the codec, the most that pairs in its latents can teach",
+    )
     channels: tuple[Count, ...] = (16, 32, 64, 128)
     steps: Count = 600
     batch_size: Count = 4

@@ -40,7 +40,7 @@ STAGES = (
     Stage("masks", "masks", ("cohort",)),
     Stage("train", "generator", ("cohort", "autoencoder", "masks")),
     Stage("synthesise", "synthetic", ("autoencoder", "masks", "generator")),
-    Stage("segment", "segmenter", ("cohort", "synthetic")),
+    Stage("segment", "segmenter", ("cohort", "autoencoder", "synthetic")),
     Stage("audit", "audit", ("cohort", "autoencoder", "masks", "generator", "synthetic")),
     Stage("evaluate", "report", ("cohort", "autoencoder", "synthetic", "segmenter", "audit")),
     Stage("certify", "certificate", ("cohort", "autoencoder", "masks", "generator", "synthetic", "audit")),

@@ -96,6 +96,10 @@ def lossy_codec(evidence: Evidence) -> list[Finding]:
     if before is not None and after is not None:
         candidates.append((above(before - after, limits.CODEC_DICE), before - after, limits.CODEC_DICE))
         figure += f"; real-trained models reach Dice {after:.3f} on them, {before:.3f} on originals"
+    real, again = evidence.number("dice", "real_only", "mean"), evidence.number("dice", "reconstructed", "mean")
+    if real is not None and again is not None:
+        candidates.append((above(real - again, limits.CODEC_DICE), real - again, limits.CODEC_DICE))
+        figure += f"; models trained on reconstructions reach {again:.3f} on patients, {real:.3f} on originals"
     off, value, threshold = max(candidates, key=lambda one: one[0])
     falling = _fall(evidence.losses.get("autoencoder", ()))
     if falling is not None and falling > limits.STILL_FALLING.value:

@@ -16,8 +16,13 @@ from torch import Tensor
 
 from medsynth.metrics.membership import roc as roc_curve
 
-COLOURS = {"real_only": "#33658a", "synthetic_only": "#d1603d", "mixed": "#6a994e"}
-NAMES = {"real_only": "real only", "synthetic_only": "synthetic only", "mixed": "mixed"}
+COLOURS = {"real_only": "#33658a", "synthetic_only": "#d1603d", "mixed": "#6a994e", "reconstructed": "#8a6fb0"}
+NAMES = {
+    "real_only": "real only",
+    "synthetic_only": "synthetic only",
+    "mixed": "mixed",
+    "reconstructed": "real, through the codec",
+}
 _REAL, _SYNTHETIC, _GREY = COLOURS["real_only"], COLOURS["synthetic_only"], "#8a8f98"
 _CONTOURS = ("#ffd166", "#4cc9f0", "#f72585", "#80ed99", "#ff9f1c", "#b892ff")
 _DPI = 110

@@ -9,7 +9,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-NAMES = {"real_only": "real only", "synthetic_only": "synthetic only", "mixed": "real + synthetic"}
+NAMES = {
+    "real_only": "real only",
+    "synthetic_only": "synthetic only",
+    "mixed": "real + synthetic",
+    "reconstructed": "real, through the codec",
+}
 _NOT_LEARNT = 0.1  # skill below which Dice says nothing about images
 _COPY_RATIO, _COPY_SHARE = 0.7, 0.25  # nearness that asks for a look at the pictures
 _WEAK_AGREEMENT = 0.7  # of the Dice on real patients

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from medsynth.config import Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
 from medsynth.imaging.cohort import load_pairs, load_patients
+from medsynth.models.autoencoder import load_codec
 from medsynth.models.segmenter import save_segmenter
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import config_digest, stage_inputs
@@ -26,6 +27,7 @@ POOLS: dict[str, tuple[str, ...]] = {
     "real_only": ("real",),
     "synthetic_only": ("synthetic",),
     "mixed": ("real", "synthetic"),
+    "reconstructed": ("reconstructed",),
 }
 _POINTS = 100  # of a logged loss series
 
@@ -35,7 +37,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
     Args:
         config: uses ``seed``, ``grid``, ``segment`` and ``compute``.
-        inputs: the finished folders ``cohort`` and ``synthetic``.
+        inputs: the finished folders ``cohort`` and ``synthetic``, and for the regime ``reconstructed`` ``autoencoder``.
         out: folder to write: ``<regime>-<seed>.safetensors`` and ``training.json`` (losses), all internal.
         tracker: gets the loss series of each regime.
 
@@ -43,7 +45,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         InputError: no train patient or no synthetic pair.
         MedsynthError: a training failed; the message names regime and seed.
     """
-    folders = stage_inputs(inputs, "cohort", "synthetic")
+    more = ["autoencoder"] if "reconstructed" in config.segment.regimes else []
+    folders = stage_inputs(inputs, "cohort", "synthetic", *more)
     with store.create(out, "segment", config_digest(config, "segment"), folders) as folder:
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=".pools-") as scratch:
             _write_pools(config, folders, Path(scratch))
@@ -78,19 +81,24 @@ def _job(config: Study, regime: str, seed: int, pools: Path, out: Path) -> _Job:
 
 
 def _stream(config: Study, regime: str, seed: int) -> int:
-    return derive_seed(config.seed, "segment", regime, seed)
+    # The same draws for both regimes of real patients: what differs between their networks is the codec.
+    return derive_seed(config.seed, "segment", "real_only" if regime == "reconstructed" else regime, seed)
 
 
 def _write_pools(config: Study, folders: Mapping[str, Path], scratch: Path) -> None:
-    """Write images, labels and the first record of each unit (patient or pair) of both pools."""
+    """Write images, labels and the number of records of each unit (patient or pair) of the pools that are needed."""
     needed = {pool for regime in config.segment.regimes for pool in POOLS[regime]}
-    if "real" in needed:
+    if needed & {"real", "reconstructed"}:
         patients = load_patients(folders["cohort"], config.grid, "train")
         if not patients:
             raise InputError(
                 "the cohort has no train patient: more patients or a smaller ingest.test_fraction are needed"
             )
         write_patients(scratch / "real.safetensors", patients)
+        if "reconstructed" in needed:
+            codec = load_codec(folders["autoencoder"])
+            again = [replace(patient, images=codec.decode(codec.encode(patient.images))) for patient in patients]
+            write_patients(scratch / "reconstructed.safetensors", again)
     if "synthetic" in needed:
         images, labels = load_pairs(folders["synthetic"], config.grid)
         if not len(images):

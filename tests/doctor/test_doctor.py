@@ -90,6 +90,7 @@ SPOILT: list[tuple[str, Spoil]] = [
     ("lossy-codec", reported("reconstruction", "psnr_db", value=22.0)),
     ("lossy-codec", reported("reconstruction", "ssim", value=0.8)),
     ("lossy-codec", reported("reconstruction", "dice", "reconstructions", value=0.7)),
+    ("lossy-codec", reported("dice", "reconstructed", value={"mean": 0.7})),
     ("latent-scale", reported("reconstruction", "latents", "std", value=3.0)),
     ("latent-scale", reported("reconstruction", "latents", "std", value=0.3)),
     ("still-learning", history(pretrain_loss=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])),

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from medsynth import config, store
-from medsynth.config import Study
+from medsynth.config import Encode, Study
 from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
 from medsynth.imaging.cohort import Pair, write_case, write_pair
 from medsynth.models import segmenter
+from medsynth.models.autoencoder import build_codec, save_codec
 from medsynth.stages import segment, segmenter_training
 from medsynth.tracking import Tracker
 
@@ -171,3 +172,25 @@ def test_weights_of_another_architecture_and_too_deep_networks_are_refused(tmp_p
         segmenter.load_segmenter(small.grid, other, tmp_path / "net.safetensors")
     with pytest.raises(ConfigError, match="divide by 32"):
         segmenter.build_segmenter(small.grid, small.segment.model_copy(update={"channels": (2,) * 6}))
+
+
+def test_patients_passed_through_the_codec_are_a_regime_of_their_own(tmp_path: Path) -> None:
+    """With an exact codec it gives the real-trained network again: the same draws, the same images."""
+    regimes = ["real_only", "reconstructed"]
+    small = study(2, segment={"channels": [4, 8], "steps": 4, "batch_size": 2, "regimes": regimes})
+    inputs = folders(small, tmp_path)
+    with pytest.raises(StoreError, match="autoencoder"):
+        segment.run(small, inputs, tmp_path / "segmenter", Tracker())
+    trained = {}
+    lossy = Encode.model_validate({"codec": "kl", "levels": 1, "channels": [8, 8]})
+    for name, encode in (("exact", small.encode), ("lossy", lossy)):
+        with store.create(tmp_path / name, "encode", "0" * 64) as folder:
+            save_codec(build_codec(small.grid, encode), small.grid, encode, folder.path)
+            folder.finish("public")
+        manifest = segment.run(
+            small, {**inputs, "autoencoder": tmp_path / name}, tmp_path / f"segmenter-{name}", Tracker()
+        )
+        assert set(manifest.parents) == {"cohort", "synthetic", "autoencoder"}
+        trained[name] = json.loads((tmp_path / f"segmenter-{name}" / "training.json").read_text())["loss"]
+    assert trained["exact"]["reconstructed-0"] == pytest.approx(trained["exact"]["real_only-0"], abs=1e-4)
+    assert trained["lossy"]["reconstructed-0"] != pytest.approx(trained["lossy"]["real_only-0"], abs=1e-3)
