@@ -7,7 +7,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ _PATIENTS, _HELD_OUT, _PUBLIC = 0, 1, 2  # seeds of three cohorts that share nob
 _RATES: dict[Trainable, float] = {"bias_norm": 1e-2, "lora": 5e-3, "all": 2e-3}
 """Learning rates of DP-SGD's Adam: public constants, the same for every cohort and epsilon."""
 _LORA_RANK = 2
+_LARGEST_PART = 32
 _GRADIENTS = 16  # public phantoms whose median gradient norm is the clip
 
 
@@ -63,9 +64,9 @@ class Effort:
 
     public: int = 2000
     pretrain_steps: int = 2000
-    steps: int = 50
+    steps: int = 40
     sampling_rate: float = 0.25
-    rows: int = 192
+    rows: int = 256
     pairs: int = 400
     segment_steps: int = 300
     seeds: int = 1
@@ -187,8 +188,10 @@ def _train_privately(cell: Cell, effort: Effort, built: Generator, folder: Path)
     for step in logs.progress(range(settings.steps), f"{cell.name}: DP-SGD", settings.steps):
         drawn = mechanism.draw(cell.patients, entropy)
         stream = torch.Generator().manual_seed(derive_seed(cell.repeat, "scale-law", "rows", step))
-        total = backend.clipped_sum(list(_units(latents[drawn], masks[drawn], model, settings, stream)))
-        for parameter, gradient in zip(parameters, mechanism.noisy_mean(total.tensors, entropy), strict=True):
+        units = list(_units(latents[drawn], masks[drawn], model, settings, stream))
+        sums = [backend.clipped_sum(part).tensors for part in _in_powers_of_two(units)]
+        total = [torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)]
+        for parameter, gradient in zip(parameters, mechanism.noisy_mean(total, entropy), strict=True):
             parameter.grad = gradient.reshape(parameter.shape)
         optimizer.step()
         ema.step(parameters)
@@ -199,6 +202,18 @@ def _train_privately(cell: Cell, effort: Effort, built: Generator, folder: Path)
         "steps": settings.steps,
         "clip_norm": clip_norm,
     }
+
+
+def _in_powers_of_two(units: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
+    """Yield all units in parts of few different sizes: the backend times its rules anew for every size it meets."""
+    first, size = 0, _LARGEST_PART
+    while first < len(units):
+        while size > len(units) - first:
+            size //= 2
+        yield units[first : first + size]
+        first += size
+    if not units:
+        yield units
 
 
 def _units(
