@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from medsynth import config, store
 from medsynth.config import Study
-from medsynth.diffusion.generator import WEIGHTS, load_generator
-from medsynth.errors import BudgetError, PrivacyError, StoreError
+from medsynth.diffusion.generator import APPEARANCE, WEIGHTS, load_generator
+from medsynth.errors import BudgetError, ConfigError, PrivacyError, StoreError
 from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.ledger import Ledger
@@ -95,7 +95,7 @@ def test_it_writes_a_generator_and_nothing_else(
     inputs = before_training(study, tmp_path)
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert manifest.sensitivity == "released"
-    assert set(manifest.files) == {WEIGHTS, "generator.json", train.APPEARANCE}
+    assert set(manifest.files) == {WEIGHTS, "generator.json", APPEARANCE}
     entries = {entry["id"]: entry for entry in Ledger(inputs["ledger"]).entries()}
     assert [entries[name]["mechanisms"] for name in manifest.ledger_entries] == [
         ["gaussian_sum:appearance"],
@@ -104,6 +104,21 @@ def test_it_writes_a_generator_and_nothing_else(
     assert all(entry["status"] == "complete" for entry in entries.values())
     assert Ledger(inputs["ledger"]).spent(study.privacy.delta) <= study.privacy.epsilon
     load_generator(inputs["generator"], inputs["autoencoder"])
+
+
+def test_a_study_of_drafts_releases_statistics_alone(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    quick = {"train": {**tiny_settings["train"], "pretrain_steps": 0, "steps": 0}, "synthesise": {"start": 0}}
+    study = config.parse({**tiny_settings, **quick})
+    inputs = before_training(study, tmp_path)
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    assert set(manifest.files) == {WEIGHTS, "generator.json", APPEARANCE} and manifest.sensitivity == "released"
+    (reserved,) = [entry for entry in Ledger(inputs["ledger"]).entries() if entry["id"] in manifest.ledger_entries]
+    assert reserved["mechanisms"] == ["gaussian_sum:appearance"] and reserved["status"] == "complete"
+    assert load_generator(inputs["generator"], inputs["autoencoder"]).dresser is not None
+    with pytest.raises(ConfigError, match="never uses"):
+        config.parse({**tiny_settings, **quick, "synthesise": {"start": 1}})
 
 
 def test_it_runs_in_3d_and_with_opacus(tiny_study_3d: Study, tmp_path: Path, before_training: Before) -> None:
