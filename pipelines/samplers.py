@@ -3,9 +3,10 @@
     python -m pipelines.samplers RUN --out build/samplers --dice
 
 Nothing is trained again but segmentation networks: one a seed on the run's train patients, which measures label
-agreement, and with ``--dice`` one a seed on the pairs of each setting. All of them are tested on the patients that the
-run holds out, so its figures are INTERNAL: to choose by them, give a run that holds out a part of the patients that
-the real study trains on. One JSON a setting (resumable), then samplers.json and samplers.md.
+agreement, and with ``--dice`` one a seed on the pairs of each setting, all tested on the patients that the run holds
+out. Figures are INTERNAL: to choose by Dice, give a run that holds out a part of the patients that the real study
+trains on. One JSON a setting (resumable), then samplers.json and samplers.md; ``--report`` writes those of the settings
+that are there.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Bench:
         run: the run's folder.
         test: patients held out of the run.
         networks: trained on real patients, one a seed.
-        real: their Dice on ``test``, one a seed.
+        real: their Dice on ``test``, one a seed; None without ``dice``, which alone looks at patients held out.
         known: features of the run's train images, one tensor a network.
         seeds: of the segmentation networks.
         dice: whether to train networks on pairs.
@@ -54,7 +55,7 @@ class Bench:
     run: Path
     test: list[Patient]
     networks: list[nn.Module]
-    real: list[float]
+    real: list[float] | None
     known: list[Tensor]
     seeds: range
     dice: bool
@@ -72,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="segmentation networks a setting")
     parser.add_argument("--segment-steps", type=int, help="default segment.steps of the run")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="write the tables of what was measured, and stop")
     return parser.parse_args()
 
 
@@ -97,12 +99,12 @@ def main() -> None:
     wanted = settings(arguments.scheduler or SCHEDULERS, arguments.steps, arguments.more_ddpm)
     cells = arguments.out / "settings"
     done = {key: kept for key in wanted if (kept := _kept(cells, key, identity)) is not None}
-    if len(done) < len(wanted):
+    if len(done) < len(wanted) and not arguments.report:
         bench = _open(study, arguments.run, range(arguments.seeds), arguments.dice)
         for key in logs.progress([k for k in wanted if k not in done], "settings measured", len(wanted) - len(done)):
             done[key] = {**measure(bench, *key), "identity": identity}
             _write(cells / f"{key[0]}-{key[1]}.json", json.dumps(done[key], indent=1) + "\n")
-    found = [done[key] for key in wanted]
+    found = [done[key] for key in wanted if key in done]
     _write(arguments.out / "samplers.json", json.dumps(found, indent=1) + "\n")
     _write(arguments.out / "samplers.md", markdown(found))
     print(markdown(found))
@@ -129,7 +131,8 @@ def _open(study: Study, run: Path, seeds: range, dice: bool) -> Bench:
         networks = [_train(study, pool, "real", seed) for seed in seeds]
     images = torch.cat([patient.images for patient in train])
     known = [bottleneck_features(network, images) for network in networks]
-    return Bench(study, run, test, networks, [_dice(n, test, study) for n in networks], known, seeds, dice)
+    real = [_dice(network, test, study) for network in networks] if dice else None
+    return Bench(study, run, test, networks, real, known, seeds, dice)
 
 
 def _train(study: Study, pool: Path, name: str, seed: int) -> nn.Module:
@@ -261,8 +264,11 @@ def markdown(cells: Sequence[Cell]) -> str:
             f"| {cell['scheduler']} | {cell['steps']} | {cell['network_calls']} | {1000 * cell['cpu_s_a_pair']:.0f} "
             f"| {cell['agreement']:.3f} | {cell['frechet']:.2f} | {_dice_text(cell['dice'])} |"
         )
+    if not cells:
+        return "Nothing was measured yet.\n"
     real, found = cells[0]["real_dice"], chosen(cells)
-    lines += ["", f"Real patients only: Dice {_dice_text(real)}, on {cells[0]['test_patients']} held-out patients."]
+    if real:
+        lines += ["", f"Real patients only: Dice {_dice_text(real)}, on {cells[0]['test_patients']} held-out patients."]
     if found is not None:
         lines.append(
             f"At most {MOST_CALLS} calls and within {100 * TOLERANCE:g} Dice points of the best: "

@@ -69,6 +69,7 @@ def test_the_choice_takes_few_calls_near_the_best_or_nothing() -> None:
     text = samplers.markdown([best, near, pndm])
     assert "ddim at 10 steps" in text and "| ddpm | 250 | 250 | 10 | 0.800 | 1.00 | 0.800 (0.800) |" in text
     assert "No setting" in samplers.markdown([best])
+    assert "Nothing was measured" in samplers.markdown([])
 
 
 def test_settings_differ_in_the_sampler_alone(run: Path) -> None:
@@ -117,3 +118,15 @@ def test_a_run_is_measured_once_and_again_only_when_asked_otherwise(
     samplers.main()
     assert len(measured) == 7
     assert "1 held-out patients" in capsys.readouterr().out and (run / "out" / "samplers.md").is_file()
+    (run / "out" / "settings" / "ddpm-3.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*words, "--pairs", "3", "--report"])
+    samplers.main()
+    assert len(measured) == 7 and "| ddpm | 3 |" not in (run / "out" / "samplers.md").read_text(encoding="utf-8")
+
+
+def test_agreement_alone_looks_at_no_held_out_patient(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "_dice", None)
+    words = ["samplers", str(run), "--out", str(run / "out"), "--steps", "2", "--more-ddpm", "--scheduler", "ddim"]
+    monkeypatch.setattr(sys, "argv", words)
+    samplers.main()
+    assert "| - |" in (run / "out" / "samplers.md").read_text(encoding="utf-8")
