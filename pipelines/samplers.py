@@ -92,6 +92,7 @@ def main() -> None:
         "grid": list(study.grid.shape),
         "pairs": study.synthesise.pairs,
         "guidance": study.synthesise.guidance,
+        "start": study.synthesise.start,
         "segment": study.segment.model_dump(mode="json"),
         "seeds": arguments.seeds,
         "dice": arguments.dice,
