@@ -26,7 +26,7 @@ from medsynth.privacy.engine.part import (
 
 # Floats of one Gram matrix or one instantiated block that are worked on at a time: they stay in a core's cache.
 _BLOCK = 2**18
-# Bytes of instantiated gradients that one grouped convolution makes at a time, and of how many units at least.
+# Bytes of instantiated gradients that one grouped convolution makes at a time, but at least of so many units.
 _CACHED = 5 * 2**19
 _FEWEST = 8
 # Squared number of positions up to which the box sum is one product with a constant matrix.
@@ -180,10 +180,10 @@ class ConvolutionWeight:
     def _by_groups(self, x: Tensor, g: Tensor, units: int) -> Tensor:
         """Return ``G_i`` as the weight gradient of one convolution whose groups are the units.
 
-        In blocks of units where a block of some size stays in a core's cache; else the one convolution is faster.
+        In blocks of units: what one convolution makes then stays in or near a core's cache, its copies too.
         """
-        step = _CACHED // (4 * self.shape.numel())
-        if step < _FEWEST or units <= step:
+        step = max(_FEWEST, _CACHED // (4 * self.shape.numel()))
+        if units <= step:
             return self._one_by_groups(x, g, units)
         rows = x.shape[0] // units
         result = x.new_empty(units, *self.shape)
