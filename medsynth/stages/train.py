@@ -71,13 +71,15 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         elif config.train.appearance.enabled:
             _appearance(job, appearance_space(job), state)
         count = private_training.choose_trainable(config.train, built)
-        logs.say("training on patients", trainable_parameters=count, private=config.privacy.private)
         if config.train.steps:
+            logs.say("training on patients", trainable_parameters=count, private=config.privacy.private)
             (private_training.train_privately if config.privacy.private else _train_openly)(job, built, state)
         save_generator(built, config.grid, folder.path)
         entries = _close(job, state)
         return folder.finish(
-            _sensitivity(job, entries), ledger_entries=entries, details={"trainable_parameters": count}
+            _sensitivity(job, entries),
+            ledger_entries=entries,
+            details={"trainable_parameters": count if config.train.steps else 0},
         )
 
 
