@@ -25,6 +25,7 @@ from medsynth.privacy.budget import (
 )
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger, study_of, taints_of, trials_of
+from medsynth.privacy.scale_law import MEASURED, reach
 from medsynth.site import accounts
 from medsynth.stages.inputs import account_of
 from medsynth.store import is_done
@@ -162,6 +163,8 @@ def _print_plan(console: Console, study: Study, found: BudgetPlan, asked: Asked)
     if found.epsilon > privacy.epsilon:
         console.print(f"this costs more than the budget: it needs privacy.epsilon {found.epsilon:g}")
     console.print(_parameters(study, found, asked))
+    if study.train.steps:
+        console.print(_law(study, found))
     console.print(_comparison(study))
 
 
@@ -190,6 +193,23 @@ def _parameters(study: Study, found: BudgetPlan, asked: Asked) -> str:
         needed = epsilon_for(count, privacy.declared_patients, privacy.delta, privacy.trials)
         lines.append(f"so many parameters want epsilon {needed:.3g}, or fewer: train.trainable, train.lora_rank")
     return "\n".join(lines)
+
+
+def _law(study: Study, found: BudgetPlan) -> str:
+    """Return what the law of scale says of the planned training; it knows phantoms, not these patients."""
+    privacy, train = study.privacy, study.train
+    patients = privacy.declared_patients * (1 - study.ingest.test_fraction)
+    reached = reach(found.training_noise_multiplier, train.sampling_rate * patients, train.steps)
+    most, largest = MEASURED.most_parameters(reached), max(MEASURED.parameters)
+    head = (
+        f"law of scale: with {privacy.declared_patients} patients at epsilon {privacy.epsilon:g}, reach {reached:.3g}, "
+    )
+    tail = "; measured on phantom cohorts, see docs/explanation/scale-law.md"
+    if most is None:
+        return f"{head}DP-SGD adds nothing that stands above the law's error: DP statistics alone, train.steps 0{tail}"
+    gain = MEASURED.expected(reached, most)
+    bound = " (the most that were measured)" if most == largest else ""
+    return f"{head}train at most {most:,} parameters{bound}, worth {gain:.2f} of skill{tail}"
 
 
 def _verdict(count: int, most: float) -> str:

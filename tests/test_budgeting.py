@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.budget import balance, plan_budget
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import GaussianSum
+from medsynth.privacy.scale_law import MEASURED
 from medsynth.site import accounts, site_home, site_key
 from medsynth.stages.inputs import account_of, open_ledger
 
@@ -208,6 +210,15 @@ def test_a_plan_advises_on_trainable_parameters(path: Path, study: Study) -> Non
     assert "within the advice" in shown(
         "plan", path, "--epsilon", str(needed * 1.02), "--parameters", str(int(2 * most))
     )
+
+
+def test_a_plan_says_what_the_law_of_scale_advises(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgeting, "MEASURED", replace(MEASURED, error=10.0))
+    nothing = shown("plan", path, "--parameters", "5")
+    assert "with 200 patients at epsilon 1, reach" in nothing and "DP statistics alone, train.steps 0" in nothing
+    monkeypatch.setattr(budgeting, "MEASURED", replace(MEASURED, error=-10.0))
+    assert re.search(r"train at most [\d,]+ parameters .*phantom cohorts", shown("plan", path, "--parameters", "5"))
+    assert "law of scale" not in shown("plan", path, "--set", "train.steps=0", "--parameters", "5")
 
 
 def test_a_plan_counts_the_parameters_of_the_studys_own_model(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The law: what DP-SGD adds to a public generator, by how far a perfectly aligned signal stands above its noise."""
+"""The law: what DP-SGD adds to a public generator, by how far the patients reach above the noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medsynth.privacy.scale_law import signal as of_plan
+from medsynth.privacy.scale_law import reach as of_plan
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -38,49 +38,37 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Form:
-    """A function of (numbers, x, parameters) with the names of its numbers and where the search begins."""
+    """A function of (numbers, reach, parameters) with the names of its numbers and where the search begins."""
 
     function: Callable[[Floats, Floats, Floats], Floats]
     names: tuple[str, ...]
     start: tuple[float, ...]
 
 
-def _share(x: Floats, log_half: float, log_power: float) -> Floats:
-    with np.errstate(over="ignore"):
-        return np.asarray(1 / (1 + np.exp(-np.exp(log_power) * (np.log(x) - log_half))))
+def _hill(share_of: float | None) -> Callable[[Floats, Floats, Floats], Floats]:
+    """Return the form in reach / parameters^q; q is fitted where ``share_of`` is None."""
+
+    def law(n: Floats, reach: Floats, d: Floats) -> Floats:
+        q = n[5] if share_of is None else share_of
+        with np.errstate(over="ignore"):
+            share = 1 / (1 + np.exp(-np.exp(n[3]) * (np.log(reach) - q * np.log(d) - n[2])))
+        return np.asarray((n[0] + n[4] * np.log10(d / _TEN_THOUSAND)) * share - n[1] * (1 - share))
+
+    return law
 
 
-def _hill(n: Floats, x: Floats, _d: Floats) -> Floats:
-    share = _share(x, n[2], n[3])
-    return np.asarray(n[0] * share - n[1] * (1 - share))
-
-
-def _hill_by_size(n: Floats, x: Floats, d: Floats) -> Floats:
-    share = _share(x, n[2], n[3])
-    return np.asarray((n[0] + n[4] * np.log10(d / _TEN_THOUSAND)) * share - n[1] * (1 - share))
-
-
-def _exponential_by_size(n: Floats, x: Floats, d: Floats) -> Floats:
-    left = np.exp(-x / np.exp(n[2]))
-    return np.asarray((n[0] + n[3] * np.log10(d / _TEN_THOUSAND)) * (1 - left) - n[1] * left)
-
-
-BY_SIZE = "hill, gain by parameters"
+_NAMES = ("gain_at_10k", "loss", "log_half", "log_power", "gain_a_decade")
 FORMS = {
-    "hill": _Form(_hill, ("gain", "loss", "log_half", "log_power"), (0.5, 0.1, 1.0, 0.3)),
-    BY_SIZE: _Form(
-        _hill_by_size, ("gain_at_10k", "loss", "log_half", "log_power", "gain_a_decade"), (0.4, 0.1, 1.0, 0.3, 0.2)
-    ),
-    "exponential, gain by parameters": _Form(
-        _exponential_by_size, ("gain_at_10k", "loss", "log_scale", "gain_a_decade"), (0.4, 0.1, 1.0, 0.2)
-    ),
+    "reach": _Form(_hill(0.0), _NAMES, (0.4, 0.05, 6.0, 0.0, 0.2)),
+    "reach / sqrt(d)": _Form(_hill(0.5), _NAMES, (0.4, 0.05, 1.5, 0.0, 0.2)),
+    "reach / d^q": _Form(_hill(None), (*_NAMES, "q"), (0.4, 0.05, 4.0, 0.0, 0.2, 0.25)),
 }
-"""Each goes from ``-loss`` (all noise) to the gain without noise as x grows; 10k and a decade are of parameters."""
+"""Each goes from ``-loss`` (all noise) to the gain without noise, which grows with the logarithm of the parameters."""
 
 
-def signal(row: Row) -> float:
-    """Return x of a cell (see :func:`medsynth.privacy.scale_law.signal`)."""
-    return of_plan(row["noise_multiplier"], row["sampling_rate"] * row["patients"], row["steps"], row["parameters"])
+def reach(row: Row) -> float:
+    """Return the reach of a cell (see :func:`medsynth.privacy.scale_law.reach`)."""
+    return of_plan(row["noise_multiplier"], row["sampling_rate"] * row["patients"], row["steps"])
 
 
 def gains(rows: Sequence[Row]) -> list[tuple[Row, float]]:
@@ -94,7 +82,7 @@ def fit(rows: Sequence[Row], form: str) -> Fit | None:
     pairs, shape = gains(rows), FORMS[form]
     if len(pairs) < len(shape.names) + _SPARE:
         return None
-    x, d = np.array([signal(row) for row, _ in pairs]), np.array([float(row["parameters"]) for row, _ in pairs])
+    x, d = np.array([reach(row) for row, _ in pairs]), np.array([float(row["parameters"]) for row, _ in pairs])
     gain = np.array([gain for _, gain in pairs])
     numbers = _numbers(shape, x, d, gain)
     kept = [np.arange(len(x)) != left for left in range(len(x))]
@@ -103,9 +91,14 @@ def fit(rows: Sequence[Row], form: str) -> Fit | None:
     return Fit(form, values, _length(shape.function(numbers, x, d) - gain), _length(apart), len(pairs))
 
 
-def predicted(found: Fit, x: Floats, parameters: Floats) -> Floats:
+def best(fits: Sequence[Fit]) -> Fit:
+    """Return the fit that misses cells it was not fitted on by least."""
+    return min(fits, key=lambda found: found.left_out)
+
+
+def predicted(found: Fit, reaches: Floats, parameters: Floats) -> Floats:
     """Return the gain that a fit expects."""
-    return FORMS[found.form].function(np.array(list(found.values.values())), x, parameters)
+    return FORMS[found.form].function(np.array(list(found.values.values())), reaches, parameters)
 
 
 def _numbers(form: _Form, x: Floats, d: Floats, gain: Floats) -> Floats:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.scale_law.law import BY_SIZE, FORMS, Fit, Row, fit, gains, predicted, signal
+from pipelines.scale_law.law import FORMS, Fit, Row, best, fit, gains, predicted, reach
 
 _NAMES = {"bias_norm": "biases and norms", "lora": "LoRA, rank 2", "all": "all"}
 _COLOURS = {"bias_norm": "#33658a", "lora": "#d1603d", "all": "#6a994e"}
@@ -31,9 +31,8 @@ def write_report(rows: Sequence[Row], wanted: int, folder: Path) -> str:
     (folder / "scale_law.md").write_text(text, encoding="utf-8")
     found = {"cells": list(rows), "wanted": wanted, "fits": [asdict(one) for one in fits]}
     (folder / "scale_law.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for law in fits:
-        if law.form == BY_SIZE:
-            _draw(rows, law, folder / "scale_law.png")
+    if fits:
+        _draw(rows, best(fits), folder / "scale_law.png")
     return text
 
 
@@ -84,18 +83,18 @@ def _epsilon(row: Row) -> float:
 
 
 def _draw(rows: Sequence[Row], found: Fit, path: Path) -> None:
-    """Draw each cell's gain against x, the fitted law through them, and the cells without noise at the right edge."""
+    """Draw each cell's gain against its reach, the fitted law, and the cells without noise at the right edge."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     pairs = gains(rows)
-    finite = [signal(row) for row, _ in pairs if math.isfinite(signal(row))]
+    finite = [reach(row) for row, _ in pairs if math.isfinite(reach(row))]
     edge = max(finite) * 3
     figure = Figure(figsize=(6.4, 4.0))
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for row, gain in pairs:
-        x = min(signal(row), edge)
+        x = min(reach(row), edge)
         axis.plot(x, gain, _MARKS.get(row["patients"], "."), color=_COLOURS[row["trainable"]], alpha=0.85)
     for name, parameters in {row["trainable"]: float(row["parameters"]) for row, _ in pairs}.items():
         line = np.geomspace(min(finite), edge, 200)
@@ -106,7 +105,7 @@ def _draw(rows: Sequence[Row], found: Fit, path: Path) -> None:
     for patients, mark in _MARKS.items():
         axis.plot([], [], mark, color="#8a8f98", label=f"{patients:,} patients")
     axis.set_xscale("log")
-    axis.set_xlabel("x = sqrt(steps) batch / (noise multiplier sqrt(parameters)); right edge: no noise")
+    axis.set_xlabel("reach: sqrt(steps) x batch / noise multiplier, about mu N; right edge: no noise")
     axis.set_ylabel("skill added to the public generator")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
