@@ -252,8 +252,8 @@ class Synthesise(Section):
     """The pairs that are rendered."""
 
     pairs: Count = 200
-    scheduler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"] = "ddim"
-    steps: Count = 20
+    scheduler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"] = "dpm-solver++"
+    steps: Count = 10
     start: Fraction = Field(
         1.0, description="1: from noise; less: from drafts of train.appearance, noised so far; 0: the drafts themselves"
     )

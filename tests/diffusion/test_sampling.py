@@ -16,9 +16,6 @@ from medsynth.models.denoiser import Denoiser, Preconditioning
 SETTINGS = Train(channels=(8, 8), norm_groups=4, head_channels=4, noise_steps=1000)
 SCHEDULERS = get_args(Scheduler)
 
-# diffusers hands torch tensors to numpy in the old way; nothing of ours.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
 
 def denoiser(rank: int) -> Denoiser:
     torch.manual_seed(0)

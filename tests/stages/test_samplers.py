@@ -18,9 +18,6 @@ from pipelines import samplers
 
 Before = Callable[..., dict[str, Path]]
 
-# diffusers hands torch tensors to numpy in the old way; nothing of ours.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
 
 @pytest.fixture
 def run(tiny_settings: dict[str, Any], before_training: Before, tmp_path: Path) -> Path:
