@@ -9,6 +9,7 @@ Whichever wins, the result is the same to rounding; only time and memory differ.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,17 +34,11 @@ class Rule:
     contraction: str = ""
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Measured seconds of every rule, and the bytes that *keep* needs beyond what it frees."""
-
-    seconds: dict[Rule, float]
-    kept_bytes: int
-
-
 @dataclass
 class Chooser:
-    """Rules by (layer shapes, device, threads), timed at first sight.
+    """Rules by (layer shapes, number of units to a power of two, device, threads), timed at first sight.
+
+    Patients are drawn by coins, so that hardly two steps have the same number of units: what wins for 60 wins for 64.
 
     Attributes:
         keep_bytes: how many bytes kept gradients may take in one backward, beyond the activations that they free.
@@ -52,21 +47,20 @@ class Chooser:
 
     keep_bytes: int
     forced: str | None = None
-    cache: dict[Any, Costs] = field(default_factory=dict)
+    cache: dict[Any, dict[Rule, float]] = field(default_factory=dict)
 
     def choose(self, part: Part, left: int) -> tuple[Rule, int]:
         """Return the cheapest rule for ``part`` with ``left`` bytes to keep, and the bytes that it takes of them."""
-        key = (part.key(), part.held[0].device, torch.get_num_threads(), self.forced)
+        key = (part.key(), round(math.log2(part.units)), part.held[0].device, torch.get_num_threads(), self.forced)
         if key not in self.cache:
             self.cache[key] = self._measure(part)
-        costs = self.cache[key]
-        allowed = [rule for rule in costs.seconds if rule.kind != "keep" or costs.kept_bytes <= left]
-        rule = min(allowed, key=lambda rule: costs.seconds[rule])
-        return rule, costs.kept_bytes if rule.kind == "keep" else 0
+        seconds, kept = self.cache[key], _kept_bytes(part)
+        allowed = [rule for rule in seconds if rule.kind != "keep" or kept <= left]
+        rule = min(allowed, key=lambda rule: seconds[rule])
+        return rule, kept if rule.kind == "keep" else 0
 
-    def _measure(self, part: Part) -> Costs:
-        size = part.shape.numel() * 4
-        kept = max(0, part.units * size - sum(t.numel() * t.element_size() for t in part.held))
+    def _measure(self, part: Part) -> dict[Rule, float]:
+        """Return the seconds that every rule takes."""
         factors = torch.ones(part.units, device=part.held[0].device)
         ways = {
             way: _seconds(_call(part.contract, factors, part.held, way), factors.device) for way in part.contractions()
@@ -76,11 +70,10 @@ class Chooser:
         for method in part.grams():
             seconds[Rule("gram", method, way)] = contract + _seconds(_call(part.squares, method), factors.device)
         for method in part.methods():
-            if kept <= self.keep_bytes:
+            if _kept_bytes(part) <= self.keep_bytes:
                 seconds[Rule("keep", method)] = _seconds(_keep(part, method, factors), factors.device)
             seconds[Rule("discard", method, way)] = contract + _seconds(_call(_discard, part, method), factors.device)
-        wanted = {rule: cost for rule, cost in seconds.items() if rule.kind == self.forced}
-        return Costs(wanted or seconds, kept)
+        return {rule: cost for rule, cost in seconds.items() if rule.kind == self.forced} or seconds
 
 
 def discarded_squares(parts: list[Part], method: str | None = None) -> Tensor:
@@ -101,6 +94,12 @@ def squared_lengths(samples: Tensor) -> Tensor:
     """Return the squared length of each unit's gradient, (units, ...): float32 in short runs, added in float64."""
     runs = samples.reshape(samples.shape[0], samples.shape[1], -1)
     return torch.linalg.vector_norm(runs, dim=2).double().square_().sum(1)
+
+
+def _kept_bytes(part: Part) -> int:
+    """Return the bytes that *keep* needs beyond what it frees."""
+    freed = sum(tensor.numel() * tensor.element_size() for tensor in part.held)
+    return max(0, part.units * part.shape.numel() * 4 - freed)
 
 
 def _discard(part: Part, method: str) -> Tensor:

@@ -82,10 +82,10 @@ class ConvolutionWeight:
         return self.value, self.grad
 
     def key(self) -> tuple[Any, ...]:
-        """Sizes, geometry and memory layout."""
+        """Sizes of a unit, geometry and memory layout."""
         layout = self.value.is_contiguous(), self.grad.is_contiguous()
-        sizes = tuple(self.value.shape), tuple(self.grad.shape), tuple(self.shape)
-        return "convolution", *sizes, self.units, self.geometry, layout, self.value.dtype
+        sizes = tuple(self.value.shape[1:]), tuple(self.grad.shape[1:]), tuple(self.shape)
+        return "convolution", *sizes, self.value.shape[0] // self.units, self.geometry, layout, self.value.dtype
 
     def methods(self) -> tuple[str, ...]:
         """Ways to instantiate; a pointwise convolution is a batched product."""

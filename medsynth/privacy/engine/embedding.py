@@ -29,8 +29,9 @@ class EmbeddingTable:
         return (self.grad,)
 
     def key(self) -> tuple[Any, ...]:
-        """Sizes."""
-        return "embedding", tuple(self.grad.shape), self.units, tuple(self.shape), self.grad.dtype
+        """Sizes of a unit."""
+        rows = self.grad.shape[0] // self.units
+        return "embedding", tuple(self.grad.shape[1:]), rows, tuple(self.shape), self.grad.dtype
 
     def methods(self) -> tuple[str, ...]:
         """A sum into a table a unit."""

@@ -33,8 +33,9 @@ class LinearWeight:
         return self.value, self.grad
 
     def key(self) -> tuple[Any, ...]:
-        """Sizes."""
-        return "linear", tuple(self.value.shape), tuple(self.grad.shape), self.units, self.value.dtype
+        """Sizes of a unit."""
+        rows = self.value.shape[0] // self.units
+        return "linear", tuple(self.value.shape[1:]), tuple(self.grad.shape[1:]), rows, self.value.dtype
 
     def methods(self) -> tuple[str, ...]:
         """One batched product."""

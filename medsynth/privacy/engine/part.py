@@ -36,7 +36,7 @@ class Part(Protocol):
         """The tensors that must be kept until the clip factors are known; the first axis is rows."""
 
     def key(self) -> tuple[Any, ...]:
-        """What the speed of the rules depends on, except device and threads."""
+        """What the speed of the rules depends on, except number of units, device and threads."""
 
     def methods(self) -> tuple[str, ...]:
         """Ways to instantiate, best guess first."""

@@ -18,6 +18,7 @@ from medsynth.errors import PrivacyError
 from medsynth.privacy.engine.bookkeeping import KEEP_BYTES, BookkeepingBackend
 from medsynth.privacy.engine.choice import Chooser
 from medsynth.privacy.engine.convolution import ConvolutionWeight, Geometry
+from medsynth.privacy.engine.linear import LinearWeight
 from medsynth.privacy.gradients import Batch, open_backend
 
 # torch warns that it copies the input where an even kernel needs uneven padding; so do we.
@@ -385,3 +386,14 @@ def test_kept_gradients_stay_within_the_memory_budget() -> None:
     assert rule.kind != "keep" and taken == 0
     rule, taken = Chooser(2**30, "keep").choose(part, 2**30)
     assert rule.kind == "keep" and taken > 2**19
+
+
+def test_rules_are_timed_once_for_draws_of_about_the_same_size() -> None:
+    chooser = Chooser(2**25)
+    for rows in (1, 2):
+        for units in (6, 7, 8, 9, 10, 11):
+            value, grad = torch.randn(units * rows, 3, 4), torch.randn(units * rows, 3, 2)
+            chooser.choose(LinearWeight(value, grad, units), 2**25)
+        assert len(chooser.cache) == rows  # another number of rows a unit is another layer
+    chooser.choose(LinearWeight(torch.randn(24, 3, 4), torch.randn(24, 3, 2), 24), 2**25)
+    assert len(chooser.cache) == 3
