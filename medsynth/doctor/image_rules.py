@@ -150,8 +150,10 @@ def latent_scale(evidence: Evidence) -> list[Finding]:
 
 
 def still_learning(evidence: Evidence) -> list[Finding]:
-    """A loss of the denoiser that was still falling when its training ended."""
-    found = []
+    """A loss of the denoiser that was still falling when its training ended; not where pairs are made without it."""
+    found: list[Finding] = []
+    if not evidence.study.synthesise.start:
+        return found
     for name, key, who, source in (
         ("pretrain_loss", "train.pretrain_steps", "phantoms", PUBLIC),
         ("loss", "train.steps", "patients", INTERNAL),
@@ -176,9 +178,9 @@ def still_learning(evidence: Evidence) -> list[Finding]:
 
 
 def weak_denoiser(evidence: Evidence) -> list[Finding]:
-    """A denoiser that knows little more of real images than a linear filter does."""
+    """A denoiser that knows real images hardly better than a linear filter; not where pairs are made without it."""
     error = evidence.errors.get("strangers")
-    if error is None:
+    if error is None or not evidence.study.synthesise.start:
         return []
     return beyond(
         Finding(

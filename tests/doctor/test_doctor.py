@@ -176,6 +176,16 @@ def test_volumes_that_were_asked_for_are_not_called_implausible(healthy: Path) -
     assert gather(healthy).report is not None and rules(healthy) == []
 
 
+def test_a_denoiser_that_makes_no_pairs_does_not_limit_them(healthy: Path) -> None:
+    scores(0.05, 0.05)(healthy)
+    history(pretrain_loss=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])(healthy)
+    assert set(rules(healthy)) == {"weak-denoiser", "still-learning"}
+    study = study_of(healthy).model_dump(mode="json")
+    study["synthesise"]["start"] = 0
+    (healthy / STUDY).write_text(json.dumps(study))
+    assert rules(healthy) == []
+
+
 def test_a_report_of_other_pairs_is_not_believed(healthy: Path) -> None:
     reported("agreement", "mean", value=0.1)(healthy)
     edit(healthy / "synthetic" / "manifest.json", lambda m: m["details"].update(pairs=7))
