@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -186,7 +187,10 @@ def open_tracker(uri: str | None, experiment: str, run_folder: Path, run_name: s
 @contextlib.contextmanager
 def _opened(uri: str | None, experiment: str, folder: Path, run_name: str) -> Iterator[Tracker]:
     try:
-        store = _open_store(uri, experiment, folder)
+        with warnings.catch_warnings():
+            # MLflow's own imports warn; where warnings are errors they would end half-way, for this whole process.
+            warnings.simplefilter("ignore")
+            store = _open_store(uri, experiment, folder)
         run_id = _parent_run(store, folder / "run_id", run_name)
     except Exception as error:  # see _Store.attempt
         _warn(error)

@@ -133,3 +133,14 @@ def test_a_store_that_cannot_be_opened_gives_a_tracker_that_forgets(
 def test_importing_the_module_does_not_import_mlflow() -> None:
     code = "import sys, medsynth.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_store_opens_where_warnings_are_errors(tmp_path: Path) -> None:
+    # In a process of its own: what MLflow imports, it imports once.
+    code = (
+        "import sys; from pathlib import Path; from medsynth.tracking import Tracker, open_tracker\n"
+        "with open_tracker(None, 'medsynth', Path(sys.argv[1]), 'demo') as tracker: sys.exit(type(tracker) is Tracker)"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr + ran.stdout
