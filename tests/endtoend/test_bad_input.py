@@ -30,7 +30,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
 
 
 def leftovers(run: Path) -> list[str]:
-    kept = ("mlflow", "study.yaml", "ledger.jsonl", "ledger.jsonl.lock")
+    kept = ("mlflow", "resources.json", "study.yaml", "ledger.jsonl", "ledger.jsonl.lock")
     return sorted(path.name for path in run.glob("*") if path.name not in kept)
 
 
