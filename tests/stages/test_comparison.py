@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_segment import folders, study  # the same tiny cohort
+from test_segment import folders, reserve_masks, study  # the same tiny cohort
 
 from medsynth import comparing, config, store
 from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
-from medsynth.privacy.accounting import Event
-from medsynth.privacy.ledger import Ledger
 from medsynth.stages import comparison, comparison_page, comparison_trainings, segmenter_training
 from medsynth.stages.comparison import Settings, Source
 from medsynth.stages.comparison_schema import Comparison, Measured
@@ -61,16 +59,7 @@ def _run(root: Path, **sections: Any) -> Path:
     folders(small, root, train=4, test=3, pairs=3)
     (root / "study.yaml").write_text(config.dump(small), encoding="utf-8")
     if small.privacy.private:
-        Ledger(root / "ledger.jsonl").reserve(
-            "masks",
-            [Event("gaussian", 4.0)],
-            epsilon=8.0,
-            delta=small.privacy.delta,
-            noise_source="test_only",
-            config_digest="0" * 64,
-            parents={},
-            denominators={"mean": 16.0},
-        )
+        reserve_masks(small, root)
     return root
 
 

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_segment import folders, study  # the same tiny cohort
+from test_segment import folders, reserve_masks, study  # the same tiny cohort
 
 from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import InputError
 from medsynth.models.autoencoder import build_codec, save_codec
-from medsynth.privacy.accounting import Event
-from medsynth.privacy.ledger import Ledger
 from medsynth.stages import evaluate, report_page, segment
 from medsynth.tracking import Tracker
 
@@ -42,16 +40,7 @@ def _inputs(small: Study, root: Path, **counts: int) -> dict[str, Path]:
     with store.create(root / "autoencoder", "encode", "0" * 64) as folder:
         save_codec(build_codec(small.grid, small.encode), small.grid, small.encode, folder.path)
         folder.finish("public")
-    Ledger(root / "ledger.jsonl").reserve(
-        "masks",
-        [Event("gaussian", 4.0)],
-        epsilon=8.0,
-        delta=small.privacy.delta,
-        noise_source="test_only",
-        config_digest="0" * 64,
-        parents={},
-        denominators={"mean": 16.0},
-    )
+    reserve_masks(small, root)
     names = ("segmenter", "autoencoder")
     return {**inputs, **{name: root / name for name in names}, "ledger": root / "ledger.jsonl"}
 

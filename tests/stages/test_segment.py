@@ -16,6 +16,8 @@ from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
 from medsynth.imaging.cohort import Pair, write_case, write_pair
 from medsynth.models import segmenter
 from medsynth.models.autoencoder import build_codec, save_codec
+from medsynth.privacy.accounting import Event
+from medsynth.privacy.ledger import Ledger
 from medsynth.stages import segment, segmenter_training
 from medsynth.tracking import Tracker
 
@@ -61,6 +63,20 @@ def folders(study: Study, root: Path, train: int = 4, test: int = 2, pairs: int 
             write_pair(folder.path, Pair(f"pair-{number}", image.numpy(), label.numpy()), grid)
         folder.finish("released")
     return {"cohort": root / "cohort", "synthetic": root / "synthetic"}
+
+
+def reserve_masks(small: Study, root: Path) -> None:
+    """Write a ledger of one mechanism beside the folders, as a finished private study has one."""
+    Ledger(root / "ledger.jsonl").reserve(
+        "masks",
+        [Event("gaussian", 4.0)],
+        epsilon=8.0,
+        delta=small.privacy.delta,
+        noise_source="test_only",
+        config_digest="0" * 64,
+        parents={},
+        denominators={"mean": 16.0},
+    )
 
 
 @pytest.mark.parametrize("rank", [2, 3])
