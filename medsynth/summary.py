@@ -14,6 +14,10 @@ from medsynth.config import Study
 from medsynth.privacy.audit.finding import Finding
 
 
+# Without the kind of work in the address, MLflow 3 opens an experiment as one of language models: no runs, empty traces.
+_RUNS_PAGE = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
+
+
 def summary(study: Study, run: Path) -> str:
     """Return the summary of a finished run as text."""
     cohort = store.read_manifest(run / "cohort").details
@@ -30,6 +34,8 @@ def summary(study: Study, run: Path) -> str:
         ("release", run / "release"),
         ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri sqlite:///{run / 'mlflow' / 'mlflow.db'}"),
     ]
+    if not study.tracking.uri:
+        rows.append(("its page", _RUNS_PAGE))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])

@@ -18,12 +18,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 
 from medsynth import config
 from medsynth.config import Study
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# CI says the same of the same code; `pytest --hypothesis-profile explore` looks for new counterexamples.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 TINY: dict[str, Any] = {
     "name": "tiny",

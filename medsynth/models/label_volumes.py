@@ -19,7 +19,8 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.uint8]
 
 TOLERANCE = 0.1  # of the volume that was asked for, in the median over label maps
-_SWEEPS = 30  # over the labels, until each has its share of the foreground
+_SWEEPS = 1000  # over the labels, until each has its share of the foreground: 5 as a rule, 76 for one map in ten
+_LONG_STEPS, _STRETCH = 100, 1.5  # after the first, so many sweeps go further: labels that pass voxels along creep
 _CLOSE = 0.01  # of a label's share
 _NO_SHARE = 1e-12
 _NEARER = 1e-3  # weight of the distance to a label's centre, which decides between voxels that are equally near
@@ -162,12 +163,13 @@ def _share(label: Labels, present: Sequence[int], wanted: Array, spacing: Array,
 def _divide(field: Array, wanted: Array) -> NDArray[np.int64]:
     """Return for each point the row of least ``field`` (label, point) after shifts that give each row its number."""
     growth = np.zeros(len(field))
-    for _ in range(_SWEEPS if len(field) > 1 else 0):
+    for sweep in range(_SWEEPS if len(field) > 1 else 0):
         for index in range(1, len(field)):  # only differences count: the first label does not grow
             others = np.delete(field - growth[:, None], index, axis=0).min(0)
             margin = np.sort(field[index] - others)
             cut = min(max(round(float(wanted[index])), 1), len(margin) - 1)
-            growth[index] = (margin[cut - 1] + margin[cut]) / 2
+            step = (margin[cut - 1] + margin[cut]) / 2 - growth[index]
+            growth[index] += step * (_STRETCH if 0 < sweep <= _LONG_STEPS else 1.0)
         found = np.bincount((field - growth[:, None]).argmin(0), minlength=len(field))
         if np.all(np.abs(found - wanted) <= np.maximum(1.0, _CLOSE * wanted)):
             break
