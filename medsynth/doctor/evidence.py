@@ -80,11 +80,11 @@ def gather(run: Path) -> Evidence:
     report, audits = _report(run), read_findings(run / "audit") if store.is_done(run / "audit") else []
     losses, errors = _losses(run), _errors(run)
     noise = _noise(run, study) if study.privacy.private else {}
-    synthetic = _details(run / "synthetic")
+    synthetic, trained = _details(run / "synthetic"), study.train.pretrain_steps or study.train.steps
     found = {
         "label agreement, memorisation, label maps, codec (medsynth evaluate)": report is not None,
-        "losses of the denoiser (medsynth train)": any(name.endswith("loss") for name in losses),
-        "the denoiser's error on patients (audit.generator, medsynth audit)": bool(errors),
+        "losses of the denoiser (medsynth train)": any(name.endswith("loss") for name in losses) or not trained,
+        "the denoiser's error on patients (audit.generator, medsynth audit)": bool(errors) or not trained,
         "noise beside signal (medsynth masks, train)": bool(noise) or not study.privacy.private,
         "time and memory (medsynth run)": (run / RESOURCES).is_file(),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsynth.doctor.cost_rules import COST_RULES
+from medsynth.doctor.drafts import relevant, unused_training
 from medsynth.doctor.evidence import PUBLIC, Evidence, gather
 from medsynth.doctor.finding import Finding, ranked
 from medsynth.doctor.image_rules import IMAGE_RULES
@@ -17,7 +18,7 @@ from medsynth.doctor.privacy_rules import PRIVACY_RULES
 if TYPE_CHECKING:
     from rich.console import Console
 
-RULES = (*PRIVACY_RULES, *IMAGE_RULES, *LABEL_RULES, *COST_RULES)
+RULES = (*PRIVACY_RULES, unused_training, *IMAGE_RULES, *LABEL_RULES, *COST_RULES)
 _COLUMNS = 130  # those of the table and their frame
 _COLOURS = {"stop": "bold red", "quality": "yellow", "cost": "cyan"}
 _INTERNAL = "INTERNAL: these figures were measured on patients and stay inside the hospital"
@@ -25,7 +26,7 @@ _INTERNAL = "INTERNAL: these figures were measured on patients and stay inside t
 
 def examine(evidence: Evidence) -> list[Finding]:
     """Return what limits a run, the most pressing first."""
-    return ranked([finding for rule in RULES for finding in rule(evidence)])
+    return ranked(relevant(evidence.study, [finding for rule in RULES for finding in rule(evidence)]))
 
 
 def doctor(run: Path, *, as_json: bool = False) -> None:

@@ -150,10 +150,8 @@ def latent_scale(evidence: Evidence) -> list[Finding]:
 
 
 def still_learning(evidence: Evidence) -> list[Finding]:
-    """A loss of the denoiser that was still falling when its training ended; not where pairs are made without it."""
+    """A loss of the denoiser that was still falling when its training ended."""
     found: list[Finding] = []
-    if not evidence.study.synthesise.start:
-        return found
     for name, key, who, source in (
         ("pretrain_loss", "train.pretrain_steps", "phantoms", PUBLIC),
         ("loss", "train.steps", "patients", INTERNAL),
@@ -178,9 +176,9 @@ def still_learning(evidence: Evidence) -> list[Finding]:
 
 
 def weak_denoiser(evidence: Evidence) -> list[Finding]:
-    """A denoiser that knows real images hardly better than a linear filter; not where pairs are made without it."""
+    """A denoiser that knows real images hardly better than a linear filter."""
     error = evidence.errors.get("strangers")
-    if error is None or not evidence.study.synthesise.start:
+    if error is None:
         return []
     return beyond(
         Finding(
@@ -229,7 +227,7 @@ def disobeyed_masks(evidence: Evidence) -> list[Finding]:
                 Change("train.pretrain_steps", "raise"),
                 *((Change("synthesise.start", "lower", "to begin from drafts"),) if drafts else ()),
                 *((Change("synthesise.guidance", "raise", "to 1.5 to 3"),) if guided else ()),
-                *((Change("privacy.shares.appearance", "raise"),) if study.privacy.private else ()),
+                *_better_appearance(evidence),
                 Change("synthesise.steps", "raise"),
             ),
             source=INTERNAL,
@@ -260,6 +258,15 @@ def alike(evidence: Evidence) -> list[Finding]:
             source=INTERNAL,
         )
     )
+
+
+def _better_appearance(evidence: Evidence) -> tuple[Change, ...]:
+    noise = evidence.noise.get("appearance", 0.0)
+    if not evidence.study.train.appearance.enabled:
+        return (Change("train.appearance.enabled", "set", "on"),)
+    if noise > limits.NOISY_DETAIL * limits.STATISTIC_NOISE.value:
+        return (Change("privacy.shares.appearance", "raise"),)
+    return (Change("train.appearance.coefficients", "raise"),)
 
 
 def _judge_margin(evidence: Evidence) -> float | None:

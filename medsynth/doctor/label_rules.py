@@ -16,7 +16,6 @@ _WORDS = {
     "touching": "share of its surface at other labels",
 }
 _ALIKE = 0.1  # where real maps are all alike, a tenth of their value counts as one standard deviation
-_NOISY = 0.5  # of the threshold on noise: from here on more detail would only be more noise
 
 
 def implausible_maps(evidence: Evidence) -> list[Finding]:
@@ -91,7 +90,7 @@ def _short(value: float) -> str:
 
 def _shape_changes(evidence: Evidence) -> tuple[Change, ...]:
     noise = max((evidence.noise.get(name, 0.0) for name in ("pose", "shape", "spread")), default=0.0)
-    if noise > _NOISY * limits.STATISTIC_NOISE.value:
+    if noise > limits.NOISY_DETAIL * limits.STATISTIC_NOISE.value:
         return (
             Change("privacy.shares.masks", "raise"),
             Change("masks.coefficients", "lower"),

@@ -52,6 +52,9 @@ STATISTIC_NOISE = Threshold(
     0.5,
     "half as long as the signal; label agreement once fell from 0.7 to 0.3 as that of appearance rose from 0.3 to 0.9",
 )
+NOISY_DETAIL = 0.5
+"""Of the threshold on a statistic's noise: from here on more detail would only be more noise."""
+UNUSED = Threshold(0, "parameters that no pair depends on are worth no budget")
 TRAINING_NOISE = Threshold(
     0.45, "1/sqrt(5): beyond, noise moves the parameters more than patients do, because real gradients never all agree"
 )

@@ -144,6 +144,8 @@ def test_every_change_names_a_key_of_the_configuration(healthy: Path) -> None:
         spoil(healthy)
     found = examine(gather(healthy))
     assert len(found) > 10
+    changed(healthy, synthesise={"start": 0})
+    found += examine(gather(healthy))
     named = {change.key for finding in found for change in finding.changes}
     known = {key for key in keys if not key.startswith("grid.labels")}
     assert named <= known, named - known
@@ -176,14 +178,84 @@ def test_volumes_that_were_asked_for_are_not_called_implausible(healthy: Path) -
     assert gather(healthy).report is not None and rules(healthy) == []
 
 
-def test_a_denoiser_that_makes_no_pairs_does_not_limit_them(healthy: Path) -> None:
-    scores(0.05, 0.05)(healthy)
-    history(pretrain_loss=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])(healthy)
-    assert set(rules(healthy)) == {"weak-denoiser", "still-learning"}
-    study = study_of(healthy).model_dump(mode="json")
-    study["synthesise"]["start"] = 0
-    (healthy / STUDY).write_text(json.dumps(study))
+def make_drafts(run: Path) -> None:
+    """Let the run's pairs be drafts, with no private step."""
+    changed(run, synthesise={"start": 0})
+    edit(run / "generator" / "manifest.json", lambda m: m["details"].update(trainable_parameters=0))
+
+
+def changed(run: Path, **sections: dict[str, Any]) -> None:
+    study = study_of(run).model_dump(mode="json")
+    for name, values in sections.items():
+        study[name] |= values
+    (run / STUDY).write_text(json.dumps(study))
+
+
+def test_neither_codec_nor_denoiser_limits_pairs_that_are_drafts(healthy: Path) -> None:
+    for rule, spoil in SPOILT:
+        if rule in ("weak-denoiser", "still-learning", "lossy-codec", "latent-scale", "noise-training"):
+            spoil(healthy)
+    assert len(rules(healthy)) == 6
+    make_drafts(healthy)
     assert rules(healthy) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ("disobeyed-masks", {"train.appearance.coefficients"}),
+        ("alike", {"masks.spread_clip_norm"}),
+        ("copies", {"privacy.epsilon"}),
+    ],
+)
+def test_what_is_advised_for_drafts_alters_drafts(rule: str, left: set[str], healthy: Path) -> None:
+    next(spoil for name, spoil in SPOILT if name == rule)(healthy)
+    changed(healthy, synthesise={"guidance": 2.0})
+
+    def advised() -> set[str]:
+        (finding,) = [finding for finding in examine(gather(healthy)) if finding.rule == rule]
+        return {change.key for change in finding.changes}
+
+    assert left < advised()
+    make_drafts(healthy)
+    assert advised() == left
+
+
+def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(healthy: Path) -> None:
+    def advised() -> set[str]:
+        (finding,) = [finding for finding in examine(gather(healthy)) if finding.rule == "disobeyed-masks"]
+        return {change.key for change in finding.changes if "appearance" in change.key}
+
+    reported("agreement", "mean", value=0.2)(healthy)
+    assert advised() == {"train.appearance.coefficients"}
+    reserved(mean_of("appearance", 4.0, patients=60))(healthy)
+    assert advised() == {"privacy.shares.appearance"}
+    changed(healthy, train={"appearance": study_of(healthy).train.appearance.model_dump() | {"enabled": False}})
+    assert advised() == {"train.appearance.enabled"}
+
+
+def test_private_steps_of_a_denoiser_that_makes_no_pair_are_named(healthy: Path) -> None:
+    changed(healthy, synthesise={"start": 0})
+    assert rules(healthy) == ["unused-training"]
+    changed(healthy, synthesise={"start": 0.5})
+    assert rules(healthy) == []
+
+
+def test_training_knobs_still_help_against_time_and_leaks(healthy: Path) -> None:
+    used("train", elapsed_s=9000.0)(healthy)
+    scores(1.2, 0.6)(healthy)
+    make_drafts(healthy)
+    familiar, slow = examine(gather(healthy))
+    assert [change.key for change in familiar.changes] == ["train.steps", "privacy.epsilon"]
+    assert slow.changes[0].key == "train.pretrain_steps"
+
+
+def test_figures_of_a_denoiser_that_is_not_trained_are_not_missed(healthy: Path) -> None:
+    (healthy / "generator" / HISTORY).unlink()
+    (healthy / "audit" / SCORES).unlink()
+    assert len(gather(healthy).absent) == 2
+    changed(healthy, train={"steps": 0, "pretrain_steps": 0}, synthesise={"start": 0})
+    assert gather(healthy).absent == ()
 
 
 def test_a_report_of_other_pairs_is_not_believed(healthy: Path) -> None:
