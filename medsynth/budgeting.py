@@ -14,15 +14,7 @@ from medsynth.errors import ConfigError, InputError, StoreError
 from medsynth.privacy.account import Account, counted_events, limits_of
 from medsynth.privacy.accounting import epsilon
 from medsynth.privacy.accounts import Accounts
-from medsynth.privacy.budget import (
-    ADVISED,
-    BudgetPlan,
-    balance,
-    epsilon_for,
-    most_steps,
-    plan_at_noise,
-    plan_budget,
-)
+from medsynth.privacy.budget import BudgetPlan, gaussian_epsilon, most_steps, plan_at_noise, plan_budget
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger, study_of, taints_of, trials_of
 from medsynth.privacy.scale_law import MEASURED, reach
@@ -36,6 +28,7 @@ if TYPE_CHECKING:
 
 COMPARED = (1.0, 3.0, 8.0)
 """Budgets that a plan is shown for beside its own."""
+_LARGEST_EPSILON = 50  # that is worth naming
 _OPEN = "open"
 _COLUMNS = 110
 _SHORT = 8  # characters of an identifier that are shown; more are accepted
@@ -162,9 +155,7 @@ def _print_plan(console: Console, study: Study, found: BudgetPlan, asked: Asked)
     console.print(_mechanisms(found, privacy.trials))
     if found.epsilon > privacy.epsilon:
         console.print(f"this costs more than the budget: it needs privacy.epsilon {found.epsilon:g}")
-    console.print(_parameters(study, found, asked))
-    if study.train.steps:
-        console.print(_law(study, found))
+    console.print(_advice(study, found, asked))
     console.print(_comparison(study))
 
 
@@ -179,55 +170,66 @@ def _mechanisms(found: BudgetPlan, trials: int) -> Table:
     return table
 
 
-def _parameters(study: Study, found: BudgetPlan, asked: Asked) -> str:
+def _advice(study: Study, found: BudgetPlan, asked: Asked) -> str:
+    """Return what the law of scale says of the planned training; it knows phantoms, not these patients."""
+    if not study.train.steps:
+        return "train.steps is 0: no parameter is trained on patients (plan a training with --steps)"
     privacy, count = study.privacy, asked.parameters or trainable_parameters(study)
     whose = "asked for" if asked.parameters else f"train.trainable: {study.train.trainable}"
-    most = balance(found.mu, privacy.declared_patients)
-    trial = " of one trial" if privacy.trials > 1 else ""
-    lines = [
-        f"mu {found.mu:.3f} of the whole budget{trial}: noise equals a perfectly aligned signal at "
-        f"d* = (mu N)^2 = {most:,.0f} trainable parameters, plan for d*/{ADVISED} = {most / ADVISED:,.0f}",
-        f"trainable parameters: {count:,} ({whose}): {_verdict(count, most)}",
-    ]
-    if count > most / ADVISED:
-        needed = epsilon_for(count, privacy.declared_patients, privacy.delta, privacy.trials)
-        lines.append(f"so many parameters want epsilon {needed:.3g}, or fewer: train.trainable, train.lora_rank")
-    return "\n".join(lines)
-
-
-def _law(study: Study, found: BudgetPlan) -> str:
-    """Return what the law of scale says of the planned training; it knows phantoms, not these patients."""
-    privacy, train = study.privacy, study.train
-    patients = privacy.declared_patients * (1 - study.ingest.test_fraction)
-    reached = reach(found.training_noise_multiplier, train.sampling_rate * patients, train.steps)
-    most, largest = MEASURED.most_parameters(reached), max(MEASURED.parameters)
-    head = (
-        f"law of scale: with {privacy.declared_patients} patients at epsilon {privacy.epsilon:g}, reach {reached:.3g}, "
+    reached = _reach(study, found)
+    most = MEASURED.most_parameters(reached)
+    advice = "use DP statistics alone (train.steps 0), no DP-SGD"
+    if most is not None:
+        bound = "the most that were measured, " if most == MEASURED.parameters[-1] else ""
+        gain = MEASURED.expected(reached, most)
+        advice = f"train up to {most:,} parameters ({bound}expected to add {gain:.2f} of skill); fewer add less"
+    return "\n".join(
+        (
+            f"trainable parameters: {count:,} ({whose}): DP-SGD {_verdict(study, found, count)}",
+            f"advice: with {privacy.declared_patients} patients at epsilon {privacy.epsilon:g} {advice}",
+            f"by the law of scale, measured on phantom cohorts and good to {MEASURED.error:.2f} of skill: "
+            "docs/explanation/scale-law.md",
+        )
     )
-    tail = "; measured on phantom cohorts, see docs/explanation/scale-law.md"
-    if most is None:
-        return f"{head}DP-SGD adds nothing that stands above the law's error: DP statistics alone, train.steps 0{tail}"
-    gain = MEASURED.expected(reached, most)
-    bound = " (the most that were measured)" if most == largest else ""
-    return f"{head}train at most {most:,} parameters{bound}, worth {gain:.2f} of skill{tail}"
 
 
-def _verdict(count: int, most: float) -> str:
-    if count <= most / ADVISED:
-        return "within the advice"
-    return f"{count * ADVISED / most:.2g} times the advice" + (", noise drowns them" if count > most else "")
+def _verdict(study: Study, found: BudgetPlan, count: int) -> str:
+    """Return what so many parameters are expected to gain, and the epsilon at which they would gain anything."""
+    reached, privacy = _reach(study, found), study.privacy
+    gain = MEASURED.expected(reached, count)
+    if gain > MEASURED.error:
+        return f"is expected to add {gain:.2f} of skill"
+    # With much noise a step the reach is proportional to mu, whose square adds up over trials.
+    mu = found.mu * math.sqrt(privacy.trials) * MEASURED.least_reach(count) / reached
+    needed = gaussian_epsilon(mu, privacy.delta) if math.isfinite(mu) else math.inf
+    other = (
+        f"about epsilon {needed:.2g} is needed"
+        if needed <= _LARGEST_EPSILON
+        else f"no epsilon up to {_LARGEST_EPSILON} helps"
+    )
+    return f"is expected to add nothing that can be told from 0; {other}"
+
+
+def _reach(study: Study, found: BudgetPlan) -> float:
+    patients = study.privacy.declared_patients * (1 - study.ingest.test_fraction)
+    return reach(found.training_noise_multiplier, study.train.sampling_rate * patients, study.train.steps)
 
 
 def _comparison(study: Study) -> Table:
-    table = _table("epsilon", "mu", "masks", "appearance", "training", "d*", f"d*/{ADVISED}", title="noise multipliers")
+    table = _table("epsilon", "masks", "appearance", "training", "train up to", title="noise multipliers, by budget")
     for value in sorted({*COMPARED, study.privacy.epsilon}):
-        privacy = study.privacy.model_copy(update={"epsilon": value})
-        found = plan_budget(privacy, study.train, study.masks)
-        most = balance(found.mu, privacy.declared_patients)
+        found = plan_budget(study.privacy.model_copy(update={"epsilon": value}), study.train, study.masks)
         noises = (found.masks_noise_multiplier, found.appearance_noise_multiplier, found.training_noise_multiplier)
         shown = [f"{noise:.4g}" if noise else "-" for noise in noises]
-        table.add_row(f"{value:g}", f"{found.mu:.3f}", *shown, f"{most:,.0f}", f"{most / ADVISED:,.0f}")
+        table.add_row(f"{value:g}", *shown, _most(study, found))
     return table
+
+
+def _most(study: Study, found: BudgetPlan) -> str:
+    if not study.train.steps:
+        return "-"
+    most = MEASURED.most_parameters(_reach(study, found))
+    return f"{most:,}" if most else "statistics alone"
 
 
 def _print_account(console: Console, account: Account, own: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from medsynth.errors import (
 )
 from medsynth.imaging.deidentify import References, key_id, write_references
 from medsynth.privacy.accounting import Event, epsilon
-from medsynth.privacy.budget import balance, plan_budget
+from medsynth.privacy.budget import plan_budget
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import GaussianSum
-from medsynth.privacy.scale_law import MEASURED
+from medsynth.privacy.scale_law import ScaleLaw
 from medsynth.site import accounts, site_home, site_key
 from medsynth.stages.inputs import account_of, open_ledger
 
@@ -200,25 +199,36 @@ def test_a_plan_goes_from_noise_and_epsilon_to_steps(path: Path, study: Study) -
     assert plan_budget(study.privacy, train, study.masks).training_noise_multiplier == pytest.approx(40, rel=0.01)
 
 
-def test_a_plan_advises_on_trainable_parameters(path: Path, study: Study) -> None:
-    most = balance(plan_budget(study.privacy, study.train, study.masks).mu, 200)
-    text = shown("plan", path, "--parameters", str(int(most / 5)))
-    assert f"{most:,.0f}" in text and "within the advice" in text
-    text = shown("plan", path, "--parameters", str(int(2 * most)))
-    assert "10 times the advice, noise drowns them" in text
-    needed = float(re.search(r"want epsilon ([\d.e+]+)", text)[1])  # type: ignore[index]
-    assert "within the advice" in shown(
-        "plan", path, "--epsilon", str(needed * 1.02), "--parameters", str(int(2 * most))
-    )
+def law(error: float) -> ScaleLaw:
+    """Return a law in which more parameters add more, up to 0.6 of skill."""
+    return ScaleLaw(0.4, 0.2, 0.0, half=50.0, exponent=0.0, power=1.0, error=error, parameters=(1_000, 10_000, 100_000))
 
 
-def test_a_plan_says_what_the_law_of_scale_advises(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budgeting, "MEASURED", replace(MEASURED, error=10.0))
-    nothing = shown("plan", path, "--parameters", "5")
-    assert "with 200 patients at epsilon 1, reach" in nothing and "DP statistics alone, train.steps 0" in nothing
-    monkeypatch.setattr(budgeting, "MEASURED", replace(MEASURED, error=-10.0))
-    assert re.search(r"train at most [\d,]+ parameters .*phantom cohorts", shown("plan", path, "--parameters", "5"))
-    assert "law of scale" not in shown("plan", path, "--set", "train.steps=0", "--parameters", "5")
+def test_a_plan_gives_one_advice_by_the_law_of_scale(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgeting, "MEASURED", law(error=10.0))
+    text = shown("plan", path, "--parameters", "5000")
+    assert "advice: with 200 patients at epsilon 1 use DP statistics alone (train.steps 0)" in text
+    assert "nothing that can be told from 0; no epsilon up to 50 helps" in text and "statistics alone │" in text
+    monkeypatch.setattr(budgeting, "MEASURED", law(error=0.01))
+    text = shown("plan", path, "--parameters", "10000")
+    assert re.search(r"10,000 \(asked for\): DP-SGD is expected to add 0\.\d\d of skill", text)
+    assert re.search(r"advice: .* train up to 100,000 parameters \(the most that were measured, expected", text)
+    assert re.search(r"│ 100,000 +│", text) and "d*" not in text and text.count("advice") == 1
+
+
+def test_parameters_lead_to_the_epsilon_that_they_want(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgeting, "MEASURED", law(error=0.2))
+    few = ("plan", path, "--parameters", "10000")
+    found = re.search(r"about epsilon ([\d.]+) is needed", shown(*few))
+    assert found is not None
+    needed = float(found[1])
+    assert "is expected to add 0." in shown(*few, "--epsilon", str(needed * 1.3))
+    assert "nothing that can be told" in shown(*few, "--epsilon", str(needed / 1.3))
+
+
+def test_a_study_without_private_steps_is_not_advised_on_parameters(path: Path) -> None:
+    text = shown("plan", path, "--set", "train.steps=0")
+    assert "train.steps is 0" in text and "--steps" in text and "advice" not in text and "statistics alone" not in text
 
 
 def test_a_plan_counts_the_parameters_of_the_studys_own_model(path: Path) -> None:
@@ -229,7 +239,11 @@ def test_a_plan_counts_the_parameters_of_the_studys_own_model(path: Path) -> Non
 
 def test_a_sweep_is_planned_as_a_whole(path: Path) -> None:
     text = shown("plan", path, "--set", "privacy.trials=4", "--parameters", "5")
-    assert "in each of 4 trials" in text and "of one trial" in text
+    assert "in each of 4 trials" in text
+    once, four = (
+        float(found) for found in re.findall(r"training +│ ([\d.]+)", shown("plan", path, "--parameters", "5") + text)
+    )
+    assert four == pytest.approx(2 * once, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from medsynth.errors import StoreError
 from medsynth.privacy.audit.finding import Finding as Audit
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger
+from medsynth.privacy.scale_law import reach
 from medsynth.release.audits import SCORES, read_findings
 from medsynth.stages.inputs import HISTORY
 from medsynth.study import RESOURCES, stored_study
@@ -36,7 +37,8 @@ class Evidence:
         losses: series by name: ``autoencoder``, ``pretrain_loss``, and without privacy ``loss``.
         errors: the denoiser's error over that of a linear filter, median over ``members`` and ``strangers``.
         noise: privacy noise over signal by what was released: ``pose``, ``shape``, ``spread`` of the label maps,
-            ``appearance``, ``training``.
+            ``appearance``.
+        reach: of DP-SGD (see :func:`medsynth.privacy.scale_law.reach`).
         trainable: parameters that patients moved.
         audits: what the audits found.
         resources: seconds and memory by stage.
@@ -49,6 +51,7 @@ class Evidence:
     losses: Mapping[str, Sequence[float]]
     errors: Mapping[str, float]
     noise: Mapping[str, float]
+    reach: float | None
     trainable: int | None
     audits: Sequence[Audit]
     resources: Mapping[str, Mapping[str, float]]
@@ -79,7 +82,9 @@ def gather(run: Path) -> Evidence:
     study = config.load(stored_study(run))
     report, audits = _report(run), read_findings(run / "audit") if store.is_done(run / "audit") else []
     losses, errors = _losses(run), _errors(run)
-    noise = _noise(run, study) if study.privacy.private else {}
+    ledger = run / "ledger.jsonl"
+    entries = Ledger(ledger).entries() if study.privacy.private and ledger.is_file() else []
+    noise = _noise(run, study, entries)
     synthetic, trained = _details(run / "synthetic"), study.train.pretrain_steps or study.train.steps
     found = {
         "label agreement, memorisation, label maps, codec (medsynth evaluate)": report is not None,
@@ -94,6 +99,7 @@ def gather(run: Path) -> Evidence:
         losses=losses,
         errors=errors,
         noise=noise,
+        reach=_reach(entries),
         trainable=_details(run / "generator").get("trainable_parameters"),
         audits=audits,
         resources=_json(run / RESOURCES),
@@ -139,9 +145,8 @@ def _errors(run: Path) -> dict[str, float]:
         return {side: float(np.exp(-np.median(arrays[side]))) for side in ("members", "strangers") if side in arrays}
 
 
-def _noise(run: Path, study: Study) -> dict[str, float]:
+def _noise(run: Path, study: Study, entries: Sequence[Record]) -> dict[str, float]:
     """Return noise over signal of what was released, from the ledger, the statistics and public constants alone."""
-    entries = Ledger(run / "ledger.jsonl").entries() if (run / "ledger.jsonl").is_file() else []
     found: dict[str, float] = {}
     means, spread = (_noise_sd(entries, name) for name in ("mask_means", "mask_spread"))
     if store.is_done(run / "masks") and means and spread:
@@ -157,13 +162,15 @@ def _noise(run: Path, study: Study) -> dict[str, float]:
         size = AppearanceSpace(study.grid, study.train.appearance).size
         # No mean is longer than the clip norm, which is chosen a little above what patients' vectors have.
         found["appearance"] = appearance * math.sqrt(size) / entry["sensitivity"]["clip_norms"]["appearance"]
-    count, steps = _details(run / "generator").get("trainable_parameters"), _last(entries, "denoiser")
-    if count and steps:
-        event = steps["events"][0]
-        drawn = steps["denominators"]["denoiser"] * math.sqrt(event["count"])
-        # A step's signal is at most as many clip norms as patients are drawn; over T steps noise grows by sqrt(T).
-        found["training"] = math.sqrt(count) * event["noise_multiplier"] / drawn
     return found
+
+
+def _reach(entries: Sequence[Record]) -> float | None:
+    steps = _last(entries, "denoiser")
+    if steps is None:
+        return None
+    event = steps["events"][0]
+    return reach(event["noise_multiplier"], steps["denominators"]["denoiser"], event["count"])
 
 
 def _noise_sd(entries: Sequence[Record], name: str) -> float | None:

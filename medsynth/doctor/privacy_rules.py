@@ -6,8 +6,9 @@ import math
 
 from medsynth.doctor import thresholds as limits
 from medsynth.doctor.evidence import INTERNAL, PUBLIC, Evidence
-from medsynth.doctor.finding import Change, Finding, above, beyond
-from medsynth.privacy.budget import ADVISED, epsilon_for, gaussian_mu
+from medsynth.doctor.finding import Change, Finding, above, below, beyond
+from medsynth.privacy.budget import gaussian_epsilon, gaussian_mu
+from medsynth.privacy.scale_law import MEASURED
 
 _LARGEST_EPSILON = 50  # that is worth naming: beyond it, more patients are the only advice
 
@@ -86,24 +87,26 @@ def noisy_statistics(evidence: Evidence) -> list[Finding]:
 
 
 def noisy_training(evidence: Evidence) -> list[Finding]:
-    """DP-SGD whose noise moves the parameters more than patients can."""
-    ratio = evidence.noise.get("training")
-    if ratio is None:
+    """DP-SGD that adds nothing, by the law of scale."""
+    reached, count = evidence.reach, evidence.trainable
+    if reached is None or not count:
         return []
-    steps, share = evidence.study.train.steps, "privacy.shares.training"
-    smaller = {"all": "to lora or bias_norm", "lora": "to bias_norm"}.get(evidence.study.train.trainable)
+    train, share = evidence.study.train, "privacy.shares.training"
+    gain, most = MEASURED.expected(reached, count), MEASURED.most_parameters(reached)
+    larger = most is not None and most > count and train.trainable != "all"
     return beyond(
         Finding(
             rule="noise-training",
             kind="quality",
-            says="Privacy noise moves the denoiser more than patients do: these steps cost budget and teach little.",
-            figure=f"noise {ratio:.2f} times the largest possible signal, {evidence.trainable:,} parameters, {steps} "
-            "steps",
-            value=ratio,
-            threshold=limits.TRAINING_NOISE,
-            off=above(ratio, limits.TRAINING_NOISE),
+            says="Private steps cost budget and teach the denoiser little: noise hides what so many patients say, or "
+            "so few parameters cannot hold it.",
+            figure=f"expected to add {gain:.2f} of skill: {count:,} parameters, {train.steps} steps, reach "
+            f"{reached:.3g}",
+            value=gain,
+            threshold=limits.TRAINING_GAIN,
+            off=below(gain, limits.TRAINING_GAIN),
             changes=(
-                *((Change("train.trainable", "set", smaller),) if smaller else ()),
+                *((Change("train.trainable", "set", "to all"),) if larger else ()),
                 Change("train.steps", "set", f"to 0, and lower {share}: statistics alone"),
                 Change("train.sampling_rate", "raise"),
                 Change(share, "raise"),
@@ -122,8 +125,7 @@ def few_patients(evidence: Evidence) -> list[Finding]:
     off, privacy = above(ratios[name], limits.STATISTIC_NOISE), evidence.study.privacy
     # Noise over signal goes with 1 / (mu N).
     patients = privacy.declared_patients * off
-    enough = gaussian_mu(privacy.epsilon, privacy.delta) * patients
-    epsilon = epsilon_for(enough**2 / ADVISED, privacy.declared_patients, privacy.delta)
+    epsilon = gaussian_epsilon(gaussian_mu(privacy.epsilon, privacy.delta) * off, privacy.delta)
     what = _STATISTICS[name][0]
     at = f"epsilon {epsilon:.3g}" if epsilon <= _LARGEST_EPSILON else f"more than epsilon {_LARGEST_EPSILON}"
     return beyond(

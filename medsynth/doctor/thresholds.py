@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from medsynth.privacy.scale_law import MEASURED
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -55,8 +57,8 @@ STATISTIC_NOISE = Threshold(
 NOISY_DETAIL = 0.5
 """Of the threshold on a statistic's noise: from here on more detail would only be more noise."""
 UNUSED = Threshold(0, "parameters that no pair depends on are worth no budget")
-TRAINING_NOISE = Threshold(
-    0.45, "1/sqrt(5): beyond, noise moves the parameters more than patients do, because real gradients never all agree"
+TRAINING_GAIN = Threshold(
+    MEASURED.error, "of skill: what the law of scale is good to, measured on phantom cohorts; less may be nothing"
 )
 PLAUSIBLE = Threshold(0.5, "of the share among real training patients: fewer, and the maps show another anatomy")
 RELATIONS = Threshold(0.9, "nearly every real map shows the relation; annotators break it in one of twenty at most")

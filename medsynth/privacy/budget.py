@@ -14,7 +14,7 @@ from types import MappingProxyType
 from medsynth.config import Masks, Privacy, Train
 from medsynth.errors import BudgetError, PrivacyError
 from medsynth.privacy.accounting import Event, claimed, epsilon, planned
-from medsynth.privacy.pld import gaussian_delta
+from medsynth.privacy.pld import epsilon_bounds, gaussian_delta
 
 # The mask statistics are two noisy sums (means of pose and shape, then their spread), which split their share of
 # mu^2 equally.
@@ -24,8 +24,6 @@ _RELATIVE_MARGIN = 1e-3
 _ABSOLUTE_MARGIN = 1e-3
 _MAX_MULTIPLIER = 1e6
 _MAX_STEPS = 1_000_000
-ADVISED = 5
-"""Train at most 1/5 of :func:`balance`: beyond, noise moves the parameters more than patients do."""
 
 
 @dataclass(frozen=True)
@@ -127,38 +125,6 @@ def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: flo
     return low
 
 
-def balance(mu: float, patients: float) -> float:
-    """Return d* = (mu N)^2: trainable parameters at which the noise is as large as a perfectly aligned signal.
-
-    A clipped sum of N unit gradients has length at most N; Gaussian noise of standard deviation 1/mu in d dimensions
-    has length sqrt(d)/mu. Plan for a fifth of it.
-
-    Args:
-        mu: Gaussian-DP parameter of what is spent.
-        patients: declared size of the cohort.
-    """
-    return (mu * patients) ** 2
-
-
-def epsilon_for(parameters: float, patients: float, delta: float, trials: int = 1) -> float:
-    """Return the epsilon at which ``parameters`` are a fifth of :func:`balance`.
-
-    Args:
-        parameters: trainable parameters.
-        patients: declared size of the cohort.
-        delta: failure probability.
-        trials: studies of a declared sweep.
-    """
-    mu = math.sqrt(ADVISED * parameters * trials) / patients
-    low, high = 0.0, 1.0
-    while gaussian_delta(high, mu) > delta:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_delta(middle, mu) > delta else (low, middle)
-    return high
-
-
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """Return the largest ``mu`` with ``gaussian_delta(epsilon, mu) <= delta``, from below.
 
@@ -174,6 +140,11 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if gaussian_delta(epsilon, middle) <= delta else (low, middle)
     return low
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the epsilon that one Gaussian mechanism of ``mu`` costs: :func:`gaussian_mu` backwards."""
+    return epsilon_bounds([Event("gaussian", 1 / mu)], delta)[1]
 
 
 def _nonprivate_plan(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:

@@ -37,15 +37,34 @@ class ScaleLaw:
     parameters: tuple[int, ...]
 
     def expected(self, reached: float, parameters: float) -> float:
-        """Return what DP-SGD is expected to add to the skill; below 0 it does harm."""
-        share = 1 / (1 + (self.half * parameters**self.exponent / reached) ** self.power)
-        full = self.gain + self.gain_a_decade * math.log10(parameters / 1e4)
-        return full * share - self.loss * (1 - share)
+        """Return what DP-SGD is expected to add to the skill; below 0 it does harm.
+
+        Args:
+            reached: of the training (:func:`reach`).
+            parameters: that it moves; a number outside of the sizes measured counts as the nearest of them.
+        """
+        size = self._measured(parameters)
+        share = 1 / (1 + (self.half * size**self.exponent / reached) ** self.power)
+        return self._noiseless(size) * share - self.loss * (1 - share)
+
+    def least_reach(self, parameters: float) -> float:
+        """Return the reach from which on so many parameters add more than the law's error; infinity if none does."""
+        size = self._measured(parameters)
+        share = (self.error + self.loss) / (self._noiseless(size) + self.loss)
+        if not 0 < share < 1:
+            return math.inf
+        return float(self.half * size**self.exponent / (1 / share - 1) ** (1 / self.power))
 
     def most_parameters(self, reached: float) -> int | None:
         """Return the most parameters, of the sizes measured, that add more than the law's error; None if none does."""
         good = [size for size in self.parameters if self.expected(reached, size) > self.error]
         return max(good, default=None)
+
+    def _measured(self, parameters: float) -> float:
+        return min(max(parameters, self.parameters[0]), self.parameters[-1])
+
+    def _noiseless(self, size: float) -> float:
+        return self.gain + self.gain_a_decade * math.log10(size / 1e4)
 
 
 MEASURED = ScaleLaw(

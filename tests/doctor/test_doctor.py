@@ -118,7 +118,7 @@ def rules(run: Path) -> list[str]:
 def test_of_a_good_run_there_is_nothing_to_say(healthy: Path) -> None:
     evidence = gather(healthy)
     assert examine(evidence) == [] and evidence.absent == ()
-    assert set(evidence.noise) == {"pose", "shape", "spread", "appearance", "training"}
+    assert set(evidence.noise) == {"pose", "shape", "spread", "appearance"}
     assert all(0 < ratio < 0.2 for ratio in evidence.noise.values())
 
 
@@ -256,6 +256,18 @@ def test_figures_of_a_denoiser_that_is_not_trained_are_not_missed(healthy: Path)
     assert len(gather(healthy).absent) == 2
     changed(healthy, train={"steps": 0, "pretrain_steps": 0}, synthesise={"start": 0})
     assert gather(healthy).absent == ()
+
+
+def test_more_parameters_are_advised_only_where_they_would_gain(healthy: Path) -> None:
+    def advised() -> list[str]:
+        return [str(change) for finding in examine(gather(healthy)) for change in finding.changes]
+
+    changed(healthy, train={"trainable": "bias_norm"})
+    edit(healthy / "generator" / "manifest.json", lambda m: m["details"].update(trainable_parameters=2_000))
+    reserved(steps(2.0, patients=400))(healthy)
+    assert "set train.trainable to all" in advised()
+    reserved(steps(2.0, patients=30))(healthy)
+    assert advised() and "set train.trainable to all" not in advised()
 
 
 def test_a_report_of_other_pairs_is_not_believed(healthy: Path) -> None:

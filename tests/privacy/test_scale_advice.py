@@ -21,6 +21,19 @@ def test_the_law_runs_from_its_loss_to_its_gain() -> None:
     assert LAW.expected(1e-9, 1e4) == pytest.approx(-0.1)
 
 
+def test_sizes_that_were_not_measured_count_as_the_nearest() -> None:
+    assert LAW.expected(9.0, 5) == LAW.expected(9.0, SIZES[0])
+    assert LAW.expected(9.0, 1e9) == LAW.expected(9.0, SIZES[-1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_from_the_least_reach_on_parameters_add_more_than_the_error(size: int) -> None:
+    least = LAW.least_reach(size)
+    assert LAW.expected(least, size) == pytest.approx(LAW.error)
+    assert LAW.expected(least * 1.01, size) > LAW.error > LAW.expected(least / 1.01, size)
+    assert replace(LAW, error=0.9).least_reach(size) == math.inf
+
+
 def test_more_reach_allows_more_parameters_and_none_allows_none() -> None:
     found = [LAW.most_parameters(reach(noise, 50, 40)) for noise in (40.0, 2.0, 0.7, 0.2)]
     assert found == [None, *SIZES]
