@@ -13,8 +13,7 @@ from medsynth import store
 from medsynth.config import Study
 from medsynth.privacy.audit.finding import Finding
 
-
-# Without the kind of work in the address, MLflow 3 opens an experiment as one of language models: no runs, empty traces.
+# Without the kind of work in the address, MLflow 3 opens an experiment as one of language models: no runs are seen.
 _RUNS_PAGE = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 
 
@@ -28,8 +27,9 @@ def summary(study: Study, run: Path) -> str:
         ("pairs out", store.read_manifest(run / "synthetic").details["pairs"]),
         ("epsilon", _epsilon(study, report)),
         *((f"Dice {name.replace('_', ' ')}", _dice(report, name)) for name in report["dice"]),
-        ("audits", _audits(report.get("audits", []))),
         ("image-blind floor", f"{report['floor']['mean']:.3f}"),
+        *_skill(report),
+        ("audits", _audits(report.get("audits", []))),
         ("report", run / "report" / "report.html"),
         ("release", run / "release"),
         ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri sqlite:///{run / 'mlflow' / 'mlflow.db'}"),
@@ -76,6 +76,11 @@ def _epsilon(study: Study, report: dict[str, Any]) -> str:
     if not study.privacy.private:
         return "infinite: NOT PRIVATE, the release is marked UNCERTIFIED"
     return f"{report['epsilon']:.3f} at delta {report['delta']:g}, unit {report['unit']}"
+
+
+def _skill(report: dict[str, Any]) -> list[tuple[str, str]]:
+    value = report["dice"].get("synthetic_only", {}).get("skill")
+    return [] if value is None else [("skill synthetic only", f"{value:.2f}  (0: the floor, 1: real only)")]
 
 
 def _dice(report: dict[str, Any], name: str) -> str:

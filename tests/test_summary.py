@@ -41,3 +41,12 @@ def test_it_counts_and_says_what_it_cost(tiny_study: Study, run: Path) -> None:
 def test_a_study_without_privacy_is_called_so(tiny_study: Study, run: Path) -> None:
     privacy = tiny_study.privacy.model_copy(update={"epsilon": float("inf")})
     assert "NOT PRIVATE" in summary(tiny_study.model_copy(update={"privacy": privacy}), run)
+
+
+def test_the_skill_of_the_pairs_is_told_where_it_was_measured(tiny_study: Study, run: Path) -> None:
+    assert "skill synthetic only" not in summary(tiny_study, run)
+    path = run / "report" / "report.json"
+    report = json.loads(path.read_text())
+    report["dice"]["synthetic_only"] = {**report["dice"]["real_only"], "mean": 0.7, "skill": 0.476}
+    path.write_text(json.dumps(report))
+    assert "skill synthetic only  0.48 " in summary(tiny_study, run)
