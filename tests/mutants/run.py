@@ -213,7 +213,7 @@ def main() -> int:
         if name in known:
             mutant = known[name]
             result = verdict(mutant, outcome)
-            pitfalls, guard, tests = ", ".join(map(str, mutant.pitfalls)), mutant.guard, len(mutant.tests)
+            pitfalls, guard, tests = ", ".join(map(str, mutant.pitfalls)) or "-", mutant.guard, len(mutant.tests)
         else:
             result = "green" if outcome.code == 0 else "RED"
             pitfalls, guard, tests = "-", "none", len(outcome.passed) + len(outcome.failed)

@@ -1,4 +1,4 @@
-"""The mutants: each takes one guard of the privacy promise out, in memory, and names the tests that must turn red.
+"""The mutants: each takes one guard out, in memory, and names the tests that must turn red.
 
 A mutant is a function from the guard as it is to what stands in its place. ``run.py`` puts it there and runs the tests.
 Pitfalls are numbered as in docs/explanation/what-epsilon-covers.md. Nothing heavy is imported here.
@@ -22,7 +22,7 @@ class Mutant:
     Attributes:
         name: what happens without the guard.
         guard: dotted path below ``medsynth`` of what is replaced.
-        pitfalls: which pitfalls the guard stands before.
+        pitfalls: which pitfalls the guard stands before; empty where it guards something else.
         tests: node ids below ``tests/``; each must turn red.
         without: from the guard to its replacement.
     """
@@ -941,3 +941,35 @@ def noise_is_drawn_for_each_patient(original: Any) -> Any:
 )
 def sums_are_kept_in_half_precision(original: Any) -> Any:
     return lambda parameters: [total.half() for total in original(parameters)]
+
+
+# --------------------------------------------------------------- no pitfall: input that would not fit into the memory
+
+
+@takes_out(
+    "imaging.loading._refuse_too_large",
+    (),
+    "stages/test_ingest.py::test_what_is_too_large_is_refused_by_its_header_alone",
+    "stages/test_ingest.py::test_a_volume_at_the_limit_comes_in_and_one_above_is_quarantined",
+)
+def files_of_any_size_are_unfolded(original: Any) -> Any:
+    return lambda announced, max_voxels: None
+
+
+@takes_out(
+    "imaging.dicom._voxels",
+    (),
+    "stages/test_ingest.py::test_what_is_too_large_is_refused_by_its_header_alone",
+    "stages/test_ingest.py::test_a_volume_at_the_limit_comes_in_and_one_above_is_quarantined",
+)
+def series_of_any_size_are_unfolded(original: Any) -> Any:
+    return lambda header: 0
+
+
+@takes_out(
+    "imaging.dicom._segments",
+    (),
+    "stages/test_ingest.py::test_a_segmentation_of_frames_that_lie_far_apart_is_too_large",
+)
+def segmentations_of_any_size_are_unfolded(original: Any) -> Any:
+    return lambda dataset, grid, max_voxels: original(dataset, grid, sys.maxsize)
