@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -71,13 +72,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
     Returns:
         Labels ``(record, *spatial)``, uint8, on the CPU.
     """
-    device = next(model.parameters()).device
-    model.eval()
-    parts = []
-    for start in range(0, len(images), batch_size):
-        logits = model(images[start : start + batch_size].to(device))
-        parts.append(logits.argmax(dim=1).to(torch.uint8).cpu())
-    return torch.cat(parts)
+    return torch.cat([logits.argmax(dim=1).to(torch.uint8).cpu() for logits in _outputs(model, images, batch_size)])
 
 
 @torch.no_grad()
@@ -92,15 +87,21 @@ def bottleneck_features(model: nn.Module, images: Tensor, batch_size: int = 8) -
     Returns:
         ``(record, feature)`` on the CPU; as many features as the deepest level has channels.
     """
-    device, parts = next(model.parameters()).device, []
+    parts: list[Tensor] = []
     block: nn.Module = model.get_submodule("model")
     while isinstance(block, nn.Sequential):  # MONAI nests the levels: down, skip connection around the next, up
         block = block[1].get_submodule("submodule")
     hook = block.register_forward_hook(lambda _module, _inputs, output: parts.append(output.flatten(2).mean(2).cpu()))
-    model.eval()
     try:
-        for start in range(0, len(images), batch_size):
-            model(images[start : start + batch_size].to(device))
+        for _ in _outputs(model, images, batch_size):
+            pass
     finally:
         hook.remove()
     return torch.cat(parts)
+
+
+def _outputs(model: nn.Module, images: Tensor, batch_size: int) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    model.eval()
+    for start in range(0, len(images), batch_size):
+        yield model(images[start : start + batch_size].to(device))

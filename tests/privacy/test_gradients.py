@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from small_networks import awake, small_denoiser
 from torch import Tensor, nn
 
 from medsynth.errors import PrivacyError
@@ -23,23 +24,8 @@ BACKENDS = ("bookkeeping", "unit", "opacus")
 
 
 def _denoiser(dims: int) -> nn.Module:
-    from monai.networks.nets import DiffusionModelUNet
-
     torch.manual_seed(0)
-    model = DiffusionModelUNet(
-        spatial_dims=dims,
-        in_channels=3,
-        out_channels=2,
-        channels=(4, 8),
-        attention_levels=(False, True),
-        num_res_blocks=1,
-        norm_num_groups=4,
-        num_head_channels=4,
-    )
-    for parameter in model.parameters():
-        if not parameter.any():  # zero-initialised layers would hide the gradients of those before them
-            nn.init.normal_(parameter, std=0.05)
-    return model
+    return awake(small_denoiser(dims))
 
 
 def _diffusion_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import awake, small_denoiser
 from torch import Tensor, nn
 
 from medsynth.models.adapters import add_adapters, select_trainable
@@ -17,14 +18,6 @@ from medsynth.privacy.gradients import Batch
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 Case = tuple[nn.Module, Callable[[int, int], Batch], Callable[[nn.Module, Batch], Tensor]]
-
-
-def _awake(model: nn.Module) -> nn.Module:
-    """Give zero-initialised layers values: they would hide the gradients of those before them."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return model.train()
 
 
 def _batch(shape: tuple[int, ...], **more: Callable[[torch.Generator, int], Tensor]) -> Callable[[int, int], Batch]:
@@ -46,24 +39,12 @@ def _loss(run: Callable[[nn.Module, Batch], Tensor]) -> Callable[[nn.Module, Bat
 
 
 def _unet(dims: int, kind: str) -> Case:
-    from monai.networks.nets import DiffusionModelUNet
-
     more: dict[str, Any] = {}
     if kind == "context":
         more = {"with_conditioning": True, "cross_attention_dim": 5}
     if kind == "classes":
         more = {"num_class_embeds": 4}
-    model = DiffusionModelUNet(
-        spatial_dims=dims,
-        in_channels=3,
-        out_channels=2,
-        channels=(4, 8),
-        attention_levels=(False, True),
-        num_res_blocks=1,
-        norm_num_groups=4,
-        num_head_channels=4,
-        **more,
-    )
+    model = small_denoiser(dims, **more)
     shape = (3, *(4,) * dims)
     if kind == "context":
         make = _batch(shape, context=lambda g, n: torch.randn(n, 3, 5, generator=g))
@@ -186,4 +167,4 @@ for _dims in (2, 3):
 def test_the_engine_is_exact_on(name: str, assert_exact: Any) -> None:
     torch.manual_seed(0)
     model, make, loss = CASES[name]()
-    assert_exact(_awake(model), [make(rows, seed) for seed, rows in enumerate((2, 1, 2, 2))], loss)
+    assert_exact(awake(model), [make(rows, seed) for seed, rows in enumerate((2, 1, 2, 2))], loss)
