@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
@@ -33,8 +34,8 @@ Kind = Literal["os", "test_only"]
 
 _WORD = 2**64
 _BLOCK = 2**15  # normals made at a time: all of their intermediate values stay in a core's cache
-# What the cipher adds its stream to, and by how much its output buffer must be longer than that.
-_ZEROS = memoryview(bytes(8 * _BLOCK))
+# What the cipher adds its stream to, a piece at a time, and by how much its output buffer must be longer than that.
+_ZEROS = memoryview(bytes(2**15))
 _CIPHER_BLOCK = 64
 # ChaCha20 repeats after 2^38 bytes of one nonce: take a new key long before.
 _BYTES_PER_KEY = 2**32
@@ -50,8 +51,32 @@ class Entropy(Protocol):
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
         """Return independent standard normals of ``shape``."""
 
+    def add_normal(self, total: Tensor, scale: float) -> None:
+        """Add independent normals of standard deviation ``scale`` to a flat float64 tensor on the CPU, in place."""
+
     def bernoulli(self, rate: float, n: int) -> NDArray[np.bool_]:
         """Return ``n`` independent coins that are true with probability ``rate`` (at most 2^-64 less)."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Buffers for ``count`` pairs of normals, and views of them: made once, used for every block of this size."""
+
+    drawn: Tensor
+    values: Tensor
+    radius: Tensor
+    angle: Tensor
+    cosine: Tensor
+    half: Tensor
+
+    @classmethod
+    def of(cls, count: int, buffer: bytearray) -> _Work:
+        import torch
+
+        drawn = torch.frombuffer(buffer, dtype=torch.int64, count=2 * count)
+        values = torch.empty(2 * count, dtype=torch.float64)
+        radius, angle = values.split(count)
+        return cls(drawn, values, radius, angle, torch.empty_like(radius), values.new_tensor(0.5**64))
 
 
 class ChaChaEntropy:
@@ -65,17 +90,26 @@ class ChaChaEntropy:
         self._stream = self._open(key or os.urandom(32))
         self._left = _BYTES_PER_KEY
         # Kept from block to block: fresh pages would cost more than the arithmetic.
-        self._drawn = bytearray(len(_ZEROS) + _CIPHER_BLOCK)
-        self._values: tuple[Tensor, Tensor] | None = None
+        self._drawn = bytearray(8 * _BLOCK + _CIPHER_BLOCK)
+        self._work: _Work | None = None
 
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
-        """Return independent standard normals of ``shape`` (Box, Muller 1958)."""
-        total = math.prod(shape) if isinstance(shape, tuple) else shape
-        # Room for the partner of the last one.
-        values = np.empty(total + total % 2, dtype=np.float64)
-        for start in range(0, total, _BLOCK):
-            self._fill(values[start : start + _BLOCK])
-        return values[:total].reshape(shape)
+        """Return independent standard normals of ``shape``."""
+        import torch
+
+        values = np.zeros(shape, dtype=np.float64)
+        self.add_normal(torch.from_numpy(values.reshape(-1)), 1.0)
+        return values
+
+    def add_normal(self, total: Tensor, scale: float) -> None:
+        """Add independent normals of standard deviation ``scale`` to ``total``, in place (Box, Muller 1958).
+
+        Args:
+            total: flat, float64, on the CPU.
+            scale: > 0.
+        """
+        for start in range(0, total.numel(), _BLOCK):
+            self._add_block(total[start : start + _BLOCK], scale)
 
     def bernoulli(self, rate: float, n: int) -> NDArray[np.bool_]:
         """Return ``n`` coins by comparing 64-bit integers with ``floor(rate * 2^64)``, computed exactly.
@@ -93,28 +127,30 @@ class ChaChaEntropy:
     def __reduce__(self) -> NoReturn:
         raise PrivacyError("privacy randomness is never copied or stored: open a new source instead")
 
-    def _fill(self, values: NDArray[np.float64]) -> None:
-        """Fill ``values``, an even number of at most ``_BLOCK``, with normals ``r cos(a)`` and ``r sin(a)``.
+    def _add_block(self, total: Tensor, scale: float) -> None:
+        """Add ``r cos(a)`` to the first half of at most ``_BLOCK`` numbers and ``r sin(a)`` to the second.
 
         Radius and angle from 64 bits each, read as integers in [-2^63, 2^63). The radius drops the sign, so that the
         tail, where the integer is small, is not rounded and reaches 9.4 standard deviations. torch evaluates log, cos
-        and sin several times faster than numpy; the values stay float64.
+        and sin several times faster than numpy; everything is float64. Few passes over a block that stays in the
+        cache: the scale is in the radius, and the last product adds to the total.
         """
         import torch
 
-        pairs = values.size // 2
-        if self._values is None:
-            self._values = torch.empty(_BLOCK, dtype=torch.float64), torch.tensor(0.5**64, dtype=torch.float64)
-        (radius, angle), half = self._values[0][: 2 * pairs].chunk(2), self._values[1]
-        cosine, sine = torch.from_numpy(values).chunk(2)
-        drawn = torch.frombuffer(self._bytes(16 * pairs, self._drawn), dtype=torch.int64, count=2 * pairs)
-        self._values[0][: 2 * pairs].copy_(drawn)
+        count = total.numel()
+        first = (count + 1) // 2
+        if self._work is None:
+            self._work = _Work.of(_BLOCK // 2, self._drawn)
+        work = self._work if first == _BLOCK // 2 else _Work.of(first, self._drawn)
+        self._bytes(16 * first, self._drawn)
+        work.values.copy_(work.drawn)
         # radius^2 / 2 = -log(u) with u = (|v| + 1/2) / 2^63.
-        torch.add(half, radius.abs_(), alpha=0.5**63, out=radius).log_().mul_(-2).sqrt_()
-        torch.cos(angle.mul_(math.pi / 2**63), out=cosine)
-        torch.sin(angle, out=sine)
-        cosine.mul_(radius)
-        sine.mul_(radius)
+        radius = torch.add(work.half, work.radius.abs_(), alpha=0.5**63, out=work.radius).log_()
+        radius.mul_(-2 * scale**2).sqrt_()
+        torch.cos(work.angle.mul_(math.pi / 2**63), out=work.cosine)
+        total[:first].addcmul_(work.cosine, radius)
+        second = count - first
+        total[first:].addcmul_(work.angle.sin_()[:second], radius[:second])
 
     def _words(self, count: int) -> NDArray[np.uint64]:
         drawn = self._bytes(8 * count, bytearray(8 * count + _CIPHER_BLOCK))
@@ -128,8 +164,9 @@ class ChaChaEntropy:
             self._process = os.getpid()
             self._stream = self._open(os.urandom(32))
             self._left = _BYTES_PER_KEY - needed
-        zeros = _ZEROS[:needed] if needed <= len(_ZEROS) else bytes(needed)
-        self._stream.update_into(zeros, buffer)
+        room = memoryview(buffer)
+        for start in range(0, needed, len(_ZEROS)):
+            self._stream.update_into(_ZEROS[: needed - start], room[start:])
         return buffer
 
     @staticmethod

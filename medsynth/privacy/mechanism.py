@@ -10,7 +10,7 @@ the rounding of clips and sums, and what is released lies on a public grid (:fun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -215,44 +215,25 @@ class DpSgd:
             entropy: source of the noise.
         """
         import torch
+        from torch._utils import _unflatten_dense_tensors
 
         if not clipped_sum:
             return []
-        flat = [part.detach().reshape(-1) for part in clipped_sum]
-        result = flat[0].new_empty(sum(part.numel() for part in flat), dtype=torch.float32)
+        # On the CPU, where the entropy is; a cacheful at a time, however the parameters are cut.
+        flat = torch.cat([part.detach().reshape(-1).cpu() for part in clipped_sum])
+        result = flat if flat.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
         scale = self.noise_multiplier * self.clip_norm
         grid = noise_grid(scale) if scale else 1.0
-        # A cacheful at a time, however the parameters are cut.
-        for out, parts in zip(result.split(_BLOCK), _blocks(flat, _BLOCK), strict=True):
-            # In double precision whatever the sum's: the grid is a power of two, so that dividing by it is exact.
+        # In double precision whatever the sum's: the grid is a power of two, so that dividing by it is exact.
+        buffer = torch.empty(min(_BLOCK, result.numel()), dtype=torch.float64)
+        for out, part in zip(result.split(_BLOCK), flat.split(_BLOCK), strict=True):
+            cells = buffer[: out.numel()].copy_(part)
             if scale:
-                noise = torch.from_numpy(entropy.normal(out.numel())).to(out.device)
-                cells = noise.mul_(scale * (1 + ROUNDING_SLACK) / grid)
-            else:
-                cells = torch.zeros_like(out, dtype=torch.float64)
-            for piece, part in zip(cells.split([part.numel() for part in parts]), parts, strict=True):
-                piece.add_(part, alpha=1 / grid)
-            torch.mul(cells.round_() if scale else cells, grid / self.denominator, out=out)
-        pieces = result.split([part.numel() for part in flat])
-        return [piece.view(part.shape) for piece, part in zip(pieces, clipped_sum, strict=True)]
-
-
-def _blocks(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Yield the concatenation of flat tensors in blocks of ``size`` numbers, each as a list of pieces."""
-    block: list[Tensor] = []
-    room = size
-    for tensor in tensors:
-        start = 0
-        while start < tensor.numel():
-            piece = tensor[start : start + room]
-            block.append(piece)
-            start += piece.numel()
-            room -= piece.numel()
-            if not room:
-                yield block
-                block, room = [], size
-    if block:
-        yield block
+                entropy.add_normal(cells.mul_(1 / grid), scale * (1 + ROUNDING_SLACK) / grid)
+                cells.round_()
+            out.copy_(cells.mul_(grid / self.denominator))
+        result = result.to(clipped_sum[0].device)
+        return list(_unflatten_dense_tensors(result, clipped_sum))
 
 
 def clip_vector(vector: NDArray[np.float64], clip_norm: float) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -101,10 +102,20 @@ def test_any_number_of_normals_can_be_drawn(count: int) -> None:
     assert np.unique(values).size == count  # nothing is left from before, nothing is drawn twice
 
 
+def _filling(word: bytes) -> Callable[[int, bytearray], bytearray]:
+    """Return a keystream that repeats one word of 8 bytes."""
+
+    def fill(needed: int, buffer: bytearray) -> bytearray:
+        buffer[:needed] = word * (needed // 8)
+        return buffer
+
+    return fill
+
+
 def test_the_largest_normal_is_finite_and_beyond_nine(monkeypatch: pytest.MonkeyPatch) -> None:
     entropy = ChaChaEntropy("test_only", bytes(32))
     # A keystream of zeros: the smallest radius word and the angle zero.
-    monkeypatch.setattr(entropy, "_bytes", lambda needed, buffer: bytearray(len(buffer)))
+    monkeypatch.setattr(entropy, "_bytes", _filling(bytes(8)))
     extreme = float(entropy.normal(1)[0])
     assert math.isfinite(extreme) and extreme > 9
 
@@ -113,8 +124,7 @@ def test_the_largest_normal_is_finite_and_beyond_nine(monkeypatch: pytest.Monkey
 def test_the_smallest_radius_is_a_number(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # |v| next to 2^63: the logarithm of a share of almost 1 must not round to above zero.
     entropy = open_entropy("test_only")
-    fixed = word.to_bytes(8, "little")
-    monkeypatch.setattr(entropy, "_bytes", lambda needed, buffer: bytearray(fixed * (len(buffer) // 8 + 1)))
+    monkeypatch.setattr(entropy, "_bytes", _filling(word.to_bytes(8, "little")))
     assert np.isfinite(entropy.normal(64)).all()
 
 
