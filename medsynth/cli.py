@@ -35,7 +35,8 @@ app.add_typer(budget_app, name="budget")
 
 Config = Annotated[Path, typer.Argument(help="the study, a YAML file", metavar="CONFIG")]
 Source = Annotated[
-    Path | None, typer.Option("--input", help="the hospital's folder: DICOM, MSD, nnU-Net or image pairs")
+    Path | None,
+    typer.Option("--input", help="the hospital's folder: DICOM, MSD, nnU-Net or image pairs; ingest reads it"),
 ]
 Run = Annotated[Path, typer.Option("--out", help="the run folder; stage folders are made in it")]
 Replace = Annotated[bool, typer.Option("--replace", help="make finished stages again whose settings changed")]
@@ -73,7 +74,8 @@ def _stage_command(verb: str, what: str) -> None:
         with accidents.kept_in(out):
             run_verb(study, verb, source, out, replace=replace)
 
-    command.__doc__ = f"{what}\n\nExample: medsynth {verb} configs/demo.yaml --out RUN"
+    given = "--input HOSPITAL --out RUN" if verb == "ingest" else "--out RUN"
+    command.__doc__ = f"{what}\n\nExample: medsynth {verb} configs/demo.yaml {given}"
     app.command(name=verb)(command)
 
 
@@ -236,7 +238,10 @@ def keys_new(passphrase: Passphrase = False, file: PassphraseFile = None) -> Non
 
 @keys_app.command("list")
 def keys_list() -> None:
-    """List the keys: active or retired, protected by a passphrase or not, and their fingerprints."""
+    """List the keys: active or retired, protected by a passphrase or not, and their fingerprints.
+
+    Example: medsynth keys list
+    """
     from medsynth.release import keys
     from medsynth.site import signing_keys
 
@@ -340,7 +345,7 @@ def budget_plan(
     ] = None,
     override: Override = None,
 ) -> None:
-    """Print what a study would cost, before anything is read: noise, steps, epsilon and trainable parameters.
+    """Print what a study would cost, before anything is read, and what to train: noise, steps, epsilon, parameters.
 
     Example: medsynth budget plan configs/demo.yaml --epsilon 3
     """
