@@ -1,15 +1,14 @@
-"""DICOM image series and segmentations, written from arrays: marked synthetic, or plain for the phantom hospital.
+"""DICOM image series, written from arrays: marked synthetic, or plain for the phantom hospital.
 
 Images are single-frame MR or CT Image Storage, or Secondary Capture for photographs and anything without a geometry
-(PS3.3 A.4, A.3, A.8); labels are BINARY Segmentations (PS3.3 A.51). What is marked synthetic carries only public
-constants and fresh identifiers in its header, as PS3.3 C.12.1 (Synthetic Data, Contributing Equipment) and C.7.1.1
-(Patient Identity Removed) describe.
+(PS3.3 A.4, A.3, A.8). What is marked synthetic carries only public constants and fresh identifiers in its header, as
+PS3.3 C.12.1 (Synthetic Data, Contributing Equipment) and C.7.1.1 (Patient Identity Removed) describe.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ SYNTHESIZING_EQUIPMENT = ("109100", "DCM", "Synthesizing Equipment")
 DEIDENTIFICATION_METHOD = "Synthetic data: not derived from one patient"
 UNCERTIFIED_METHOD = "Synthetic data without privacy promise: may resemble patients"
 """Stands for :data:`DEIDENTIFICATION_METHOD` where no certificate bounds what was learnt from one patient."""
-GREY_LEVELS = 1000
-"""Released grey images hold 0 to 1000 for the range -1 to 1, and their window shows all of it."""
 # A slice axis further off the plane's normal than this (sine of the angle) cannot be written as parallel slices.
 _SHEAR_TOLERANCE = 1e-3
 _IMPLEMENTATION_UID = UID("2.25.163515029032595267068457056412078418081")
@@ -118,108 +115,6 @@ def write_series(
         _save(dataset, folder / f"{number:05d}.dcm")
         series.append(dataset)
     return series
-
-
-def write_segmentation(
-    path: Path,
-    label: npt.NDArray[np.integer],
-    series: Sequence[Dataset],
-    names: Mapping[int, str],
-    *,
-    uids: UidSource = fresh_uid,
-) -> Dataset:
-    """Write a label map as one BINARY Segmentation that references its image series.
-
-    Args:
-        path: the file.
-        label: (X, Y, Z) or (X, Y) label values, on the voxels of the image that :func:`write_series` wrote.
-        series: what :func:`write_series` returned.
-        names: label value to name; 0 may be named and is not written.
-        uids: where UIDs come from.
-
-    Raises:
-        InputError: unnamed label values, a shape unlike the series, or label values with gaps.
-    """
-    values = sorted(value for value in names if value != 0)
-    if values != list(range(1, len(values) + 1)):
-        raise InputError(f"segments must be numbered 1, 2, ... without gaps, not {values}")
-    unknown = sorted({int(value) for value in np.unique(label)} - {0, *values})
-    if unknown:
-        raise InputError(f"label values {unknown} have no name")
-    frames = np.moveaxis(np.atleast_3d(label), (0, 1, 2), (2, 1, 0)).astype(np.uint8)
-    if frames.shape != (len(series), series[0].Rows, series[0].Columns):
-        raise InputError(f"label of shape {label.shape} does not lie on the voxels of its image series")
-    dataset = _segmentation(frames, series, [names[value] for value in values], uids)
-    _finish_segmentation(dataset, series[0], uids)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_as(path, enforce_file_format=True)
-    return dataset
-
-
-def write_pair_dicom(
-    folder: Path,
-    image: npt.NDArray[np.floating],
-    label: npt.NDArray[np.integer],
-    spacing_mm: tuple[float, ...] | None,
-    labels: Mapping[int, str],
-    patient_id: str,
-    modality: str,
-    certified: bool = True,
-) -> None:
-    """Write one synthetic pair to ``folder/<patient_id>/image/*.dcm`` and ``folder/<patient_id>/seg.dcm``.
-
-    Args:
-        folder: the release's DICOM folder.
-        image: (channel, *spatial) in [-1, 1], one or three channels, axes RAS+.
-        label: (*spatial) label values.
-        spacing_mm: voxel size an axis; None: a photograph without geometry.
-        labels: label value to name.
-        patient_id: synthetic identifier.
-        modality: MR, CT, ES, US or OT.
-        certified: whether the header may say that no single patient stands behind the image.
-
-    Raises:
-        InputError: shapes that do not fit each other, or a colour volume.
-    """
-    if image.shape[1:] != label.shape:
-        raise InputError(f"image of shape {image.shape} and label of shape {label.shape} do not fit each other")
-    if len(image) == 3 and label.ndim != 2:
-        raise InputError("colour volumes cannot be written as DICOM: use 2D or one channel")
-    if spacing_mm is None and label.ndim != 2:
-        raise InputError("a volume needs spacing_mm to be written as DICOM")
-    voxels, affine = _quantised(image), None
-    if spacing_mm is not None:
-        # Columns run to the patient's left and rows to the back, as every viewer expects.
-        affine = _centred_affine(label.shape, spacing_mm) @ np.diag([-1.0, -1.0, 1.0, 1.0])
-        affine[:3, 3] *= np.array([-1, -1, 1])
-        voxels, label = voxels[::-1, ::-1], label[::-1, ::-1]
-    meta = SeriesMeta(
-        modality,
-        patient_id,
-        f"Synthetic^{patient_id}",
-        method=DEIDENTIFICATION_METHOD if certified else UNCERTIFIED_METHOD,
-        colour=len(image) == 3,
-        window=None if len(image) == 3 else (GREY_LEVELS // 2, GREY_LEVELS),
-        description="Synthetic",
-    )
-    series = write_series(folder / patient_id / "image", voxels, affine, meta)
-    write_segmentation(folder / patient_id / "seg.dcm", label, series, labels)
-
-
-def _quantised(image: npt.NDArray[np.floating]) -> npt.NDArray[Any]:
-    unit = np.clip((image.astype(np.float64) + 1) / 2, 0, 1)
-    if len(image) == 3:
-        return np.moveaxis(np.rint(unit * 255), 0, -1).astype(np.uint8)
-    return np.rint(unit[0] * GREY_LEVELS).astype(np.uint16)
-
-
-def _centred_affine(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> npt.NDArray[np.float64]:
-    """Return the RAS+ affine with the volume's centre at 0; a 2D image gets a slice 1 mm thick."""
-    spacing = np.array([*spacing_mm, 1.0][:3])
-    size = np.array([*shape, 1][:3])
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -spacing * (size - 1) / 2
-    return affine
 
 
 def _planes(image: npt.NDArray[Any], colour: bool) -> list[npt.NDArray[Any]]:
@@ -352,61 +247,3 @@ def _save(dataset: Dataset, path: Path) -> None:
     meta.ImplementationClassUID = _IMPLEMENTATION_UID
     dataset.file_meta = meta
     dataset.save_as(path, enforce_file_format=True)
-
-
-def _segmentation(
-    frames: npt.NDArray[np.uint8], series: Sequence[Dataset], names: Sequence[str], uids: UidSource
-) -> Dataset:
-    import highdicom
-    from pydicom.sr.codedict import codes
-
-    synthetic = series[0].get("SyntheticData") == "YES"
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        "medsynth", codes.DCM.ArtificialIntelligence, __version__, source="medsynth"
-    )
-    descriptions = [
-        highdicom.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=name[:64],
-            segmented_property_category=codes.SCT.AnatomicalStructure,
-            segmented_property_type=codes.SCT.AnatomicalStructure,
-            algorithm_type="AUTOMATIC" if synthetic else "MANUAL",
-            algorithm_identification=algorithm if synthetic else None,
-        )
-        for number, name in enumerate(names, start=1)
-    ]
-    return highdicom.seg.Segmentation(
-        source_images=list(series),
-        pixel_array=frames,
-        segmentation_type="BINARY",
-        segment_descriptions=descriptions,
-        series_instance_uid=uids(),
-        series_number=int(series[0].SeriesNumber) + 100,
-        sop_instance_uid=uids(),
-        instance_number=1,
-        manufacturer=str(series[0].Manufacturer),
-        manufacturer_model_name=str(series[0].ManufacturerModelName),
-        software_versions=__version__,
-        device_serial_number="1",
-        content_label="SEGMENTATION",
-        content_creator_name=None,
-        series_description="Segmentation",
-    )
-
-
-def _finish_segmentation(dataset: Dataset, image: Dataset, uids: UidSource) -> None:
-    """Replace what highdicom filled in from the clock, and mark the object as its image is marked."""
-    dataset.SpecificCharacterSet = "ISO_IR 192"
-    dataset.ContentDate, dataset.ContentTime = image.ContentDate, image.ContentTime
-    for keyword in ("InstanceCreationDate", "InstanceCreationTime", "SeriesDate", "SeriesTime"):
-        if keyword in dataset:
-            delattr(dataset, keyword)
-    organisation = uids()
-    for item in dataset.get("DimensionOrganizationSequence", []):
-        item.DimensionOrganizationUID = organisation
-    for item in dataset.get("DimensionIndexSequence", []):
-        item.DimensionOrganizationUID = organisation
-    if "FrameOfReferenceUID" not in image:
-        dataset.PatientOrientation = ""
-    if image.get("SyntheticData") == "YES":
-        mark_synthetic(dataset, image.DeidentificationMethod)

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medsynth.errors import InputError
-from medsynth.imaging.dicom_writer import SeriesMeta, seeded_uids, write_segmentation, write_series
+from medsynth.imaging.dicom_segmentation import write_segmentation
+from medsynth.imaging.dicom_writer import SeriesMeta, seeded_uids, write_series
 from medsynth.imaging.phantom import Floats, Labels, acquire, paint, smooth_field
 from medsynth.randomness import generator
 

@@ -133,7 +133,7 @@ def _save_nifti(path: Path, array: npt.NDArray[Any], spacing_mm: tuple[float, ..
 
 def _write_dicom(folder: Path, name: str, pair: Pair, grid: Grid, certified: bool) -> None:
     # highdicom is slow to import, and needed for this format only
-    from medsynth.imaging.dicom_writer import write_pair_dicom
+    from medsynth.imaging.dicom_pair import write_pair_dicom
 
     write_pair_dicom(
         folder,

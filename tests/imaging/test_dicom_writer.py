@@ -14,6 +14,8 @@ from pydicom.pixels import apply_windowing
 
 from medsynth.errors import InputError
 from medsynth.imaging import dicom_writer as writer
+from medsynth.imaging.dicom_pair import write_pair_dicom
+from medsynth.imaging.dicom_segmentation import write_segmentation
 
 LABELS = {0: "background", 1: "Anterior", 2: "Posterior"}
 META = writer.SeriesMeta("MR", "SYN1", "Synthetic^One")
@@ -42,7 +44,7 @@ def ras_affine(volume: highdicom.Volume) -> np.ndarray:
 @pytest.mark.parametrize("modality", ["MR", "CT", "US"])
 def test_a_volume_comes_back_with_its_voxels_labels_and_geometry(tmp_path: Path, modality: str) -> None:
     image, label = a_pair((10, 14, 8))
-    writer.write_pair_dicom(tmp_path, image, label, (1.0, 1.5, 2.0), LABELS, "SYN1", modality)
+    write_pair_dicom(tmp_path, image, label, (1.0, 1.5, 2.0), LABELS, "SYN1", modality)
     volume = ras(highdicom.get_volume_from_series(read(tmp_path / "SYN1" / "image")))
     np.testing.assert_allclose(volume.array / 500.0 - 1, image[0], atol=0.5 / 500 + 1e-6)
     affine = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -55,7 +57,7 @@ def test_a_volume_comes_back_with_its_voxels_labels_and_geometry(tmp_path: Path,
 
 def test_a_slice_with_spacing_keeps_it(tmp_path: Path) -> None:
     image, label = a_pair((10, 14))
-    writer.write_pair_dicom(tmp_path, image, label, (1.0, 1.5), LABELS, "SYN1", "MR")
+    write_pair_dicom(tmp_path, image, label, (1.0, 1.5), LABELS, "SYN1", "MR")
     (dataset,) = read(tmp_path / "SYN1" / "image")
     assert dataset.PixelSpacing == [1.5, 1.0]
     np.testing.assert_array_equal(dataset.pixel_array.T[::-1, ::-1], np.rint((image[0].astype(float) + 1) * 500))
@@ -66,7 +68,7 @@ def test_a_slice_with_spacing_keeps_it(tmp_path: Path) -> None:
 
 def test_a_photograph_is_secondary_capture_without_geometry(tmp_path: Path) -> None:
     image, label = a_pair((15, 11), channels=3)
-    writer.write_pair_dicom(tmp_path, image, label, None, LABELS, "SYN1", "ES")
+    write_pair_dicom(tmp_path, image, label, None, LABELS, "SYN1", "ES")
     (dataset,) = read(tmp_path / "SYN1" / "image")
     assert dataset.SOPClassUID == writer.SECONDARY_CAPTURE_STORAGE and dataset.ConversionType == "SYN"
     assert "ImagePositionPatient" not in dataset and dataset.PhotometricInterpretation == "RGB"
@@ -97,7 +99,7 @@ def test_any_rotated_affine_survives(tmp_path_factory: pytest.TempPathFactory, s
 
 def test_everything_synthetic_is_marked_and_carries_nothing_of_a_patient(tmp_path: Path) -> None:
     image, label = a_pair((10, 14, 8))
-    writer.write_pair_dicom(tmp_path, image, label, (1.0, 1.0, 1.0), LABELS, "SYN1", "MR")
+    write_pair_dicom(tmp_path, image, label, (1.0, 1.0, 1.0), LABELS, "SYN1", "MR")
     for path in tmp_path.rglob("*.dcm"):
         dataset = pydicom.dcmread(path)
         assert dataset.SyntheticData == "YES" and dataset.PatientIdentityRemoved == "YES"
@@ -118,7 +120,7 @@ def test_everything_synthetic_is_marked_and_carries_nothing_of_a_patient(tmp_pat
 def test_the_window_shows_the_whole_grey_range(tmp_path: Path, modality: str) -> None:
     image, label = a_pair((10, 14))
     image[0, 0, :2] = -1, 1
-    writer.write_pair_dicom(tmp_path, image, label, (1.0, 1.5), LABELS, "SYN1", modality)
+    write_pair_dicom(tmp_path, image, label, (1.0, 1.5), LABELS, "SYN1", modality)
     (dataset,) = read(tmp_path / "SYN1" / "image")
     assert (dataset.WindowCenter, dataset.WindowWidth) == (500, 1000)
     shown = apply_windowing(dataset.pixel_array, dataset)
@@ -129,7 +131,7 @@ def test_the_window_shows_the_whole_grey_range(tmp_path: Path, modality: str) ->
 
 def test_colour_and_plain_series_get_no_window(tmp_path: Path) -> None:
     image, label = a_pair((15, 11), channels=3)
-    writer.write_pair_dicom(tmp_path, image, label, None, LABELS, "SYN1", "ES")
+    write_pair_dicom(tmp_path, image, label, None, LABELS, "SYN1", "ES")
     writer.write_series(tmp_path / "plain", np.zeros((4, 4, 2), np.uint16), np.eye(4), META)
     for dataset in [*read(tmp_path / "SYN1" / "image"), *read(tmp_path / "plain")]:
         assert "WindowCenter" not in dataset and "WindowWidth" not in dataset
@@ -148,7 +150,7 @@ def test_dates_and_institution_never_reach_a_synthetic_header(tmp_path: Path) ->
 def test_uids_are_fresh_unless_a_source_is_given(tmp_path: Path) -> None:
     image, label = a_pair((10, 14, 8))
     for name in ("a", "b"):
-        writer.write_pair_dicom(tmp_path / name, image, label, (1.0, 1.0, 1.0), LABELS, "SYN1", "MR")
+        write_pair_dicom(tmp_path / name, image, label, (1.0, 1.0, 1.0), LABELS, "SYN1", "MR")
     uids = [str(pydicom.dcmread(path).SOPInstanceUID) for path in tmp_path.rglob("*.dcm")]
     assert len(set(uids)) == len(uids) == 18
     first, second = writer.seeded_uids("x"), writer.seeded_uids("x")
@@ -159,7 +161,7 @@ def test_uids_are_fresh_unless_a_source_is_given(tmp_path: Path) -> None:
 
 def test_an_empty_mask_is_written(tmp_path: Path) -> None:
     series = writer.write_series(tmp_path / "image", np.ones((4, 5, 3), np.uint16), np.eye(4), META)
-    writer.write_segmentation(tmp_path / "seg.dcm", np.zeros((4, 5, 3), np.uint8), series, LABELS)
+    write_segmentation(tmp_path / "seg.dcm", np.zeros((4, 5, 3), np.uint8), series, LABELS)
     assert not highdicom.seg.segread(tmp_path / "seg.dcm").pixel_array.any()
 
 
@@ -189,13 +191,13 @@ def test_labels_that_do_not_belong_to_the_series_are_refused(tmp_path: Path) -> 
     series = writer.write_series(tmp_path / "image", np.ones((4, 5, 3), np.uint16), np.eye(4), META)
     bad = tmp_path / "seg.dcm"
     with pytest.raises(InputError, match=r"\[7\] have no name"):
-        writer.write_segmentation(bad, np.full((4, 5, 3), 7, np.uint8), series, LABELS)
+        write_segmentation(bad, np.full((4, 5, 3), 7, np.uint8), series, LABELS)
     with pytest.raises(InputError, match="does not lie"):
-        writer.write_segmentation(bad, np.ones((5, 4, 3), np.uint8), series, LABELS)
+        write_segmentation(bad, np.ones((5, 4, 3), np.uint8), series, LABELS)
     with pytest.raises(InputError, match="without gaps"):
-        writer.write_segmentation(bad, np.ones((4, 5, 3), np.uint8), series, {1: "a", 3: "b"})
+        write_segmentation(bad, np.ones((4, 5, 3), np.uint8), series, {1: "a", 3: "b"})
     with pytest.raises(InputError, match="fit each other"):
-        writer.write_pair_dicom(tmp_path, np.zeros((1, 4, 4)), np.zeros((4, 5), int), None, LABELS, "S", "OT")
+        write_pair_dicom(tmp_path, np.zeros((1, 4, 4)), np.zeros((4, 5), int), None, LABELS, "S", "OT")
     assert not bad.exists()
 
 
@@ -208,7 +210,7 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, shape: tuple[int, ...], channel
         pytest.skip("dicom3tools is not installed")
     image, label = a_pair(shape, channels)
     spacing = (1.0,) * 3 if len(shape) == 3 else None
-    writer.write_pair_dicom(tmp_path, image, label, spacing, LABELS, "SYN1", modality)
+    write_pair_dicom(tmp_path, image, label, spacing, LABELS, "SYN1", modality)
     for path in (tmp_path / "SYN1" / "image" / "00001.dcm", tmp_path / "SYN1" / "seg.dcm"):
         said = subprocess.run([oracle, str(path)], capture_output=True, text=True, check=False).stderr.splitlines()
         # Releases of dicom3tools before 2024 do not know Synthetic Data (0008,001C).

@@ -21,7 +21,8 @@ from medsynth.imaging import dicom, loading
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
 from medsynth.imaging.deidentify import explain
 from medsynth.imaging.dicom import HighdicomReader, find_series, read_segmentation
-from medsynth.imaging.dicom_writer import SeriesMeta, write_segmentation, write_series
+from medsynth.imaging.dicom_segmentation import write_segmentation
+from medsynth.imaging.dicom_writer import SeriesMeta, write_series
 from medsynth.imaging.layouts import discover
 from medsynth.imaging.loading import load_case
 from medsynth.imaging.refusal import CaseRefused

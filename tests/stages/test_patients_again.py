@@ -14,7 +14,8 @@ from medsynth import config, store
 from medsynth.config import Study
 from medsynth.errors import PrivacyError, StoreError
 from medsynth.imaging.deidentify import REFERENCES_FILE, read_references
-from medsynth.imaging.dicom_writer import SeriesMeta, write_segmentation, write_series
+from medsynth.imaging.dicom_segmentation import write_segmentation
+from medsynth.imaging.dicom_writer import SeriesMeta, write_series
 from medsynth.site import site_home
 from medsynth.stages import ingest
 from medsynth.stages.inputs import account_of
