@@ -180,7 +180,7 @@ def phantom(
 
 @app.command()
 def verify(
-    release: Annotated[Path, typer.Argument(help="the release folder")],
+    release: Annotated[Path, typer.Argument(metavar="RELEASE", help="the release folder")],
     key: Annotated[
         Path | None, typer.Option("--key", help="the hospital's public key, received by another way")
     ] = None,
