@@ -216,6 +216,9 @@ class Appearance(Section):
     enabled: bool = Field(True, description="needs train.pretrain_steps, or synthesise.start below 1")
     coefficients: tuple[Count, ...] = Field((6, 8, 6), description="cosines an axis of the position")
     levels: Count = Field(6, description="cosines of the grey value, whose distribution is learnt at each position")
+    factors: Annotated[int, Field(ge=0)] = Field(
+        0, description="at most so many directions in which patients' images differ as a whole; 0: none, for crops"
+    )
     clip_norm: Positive = Field(2.0, description="of a patient's vector; hippocampus MRI has norms of 1.5 to 1.9")
 
 

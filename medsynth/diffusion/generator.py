@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from medsynth.diffusion.objective import training_schedule
 from medsynth.diffusion.sampling import sample_latents
 from medsynth.errors import StoreError
 from medsynth.models.adapters import add_adapters
-from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics
 from medsynth.models.autoencoder import Codec, load_codec
 from medsynth.models.denoiser import Denoiser, Preconditioning
+from medsynth.models.drafting import Drafting, open_drafting
 
 WEIGHTS = "denoiser.safetensors"
 SETTINGS = "generator.json"
@@ -33,8 +34,8 @@ APPEARANCE = "appearance.npz"
 class Dresser:
     """Released appearance statistics with the layout that reads them: drafts of images for label maps."""
 
-    space: AppearanceSpace
-    statistics: AppearanceStatistics
+    space: Drafting
+    statistics: Any
 
     def draft(self, label: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
         """Return an image (channel, \\*spatial) in [-1, 1] of one label map."""
@@ -129,10 +130,10 @@ def load_generator(folder: Path, autoencoder: Path) -> Generator:
     generator.denoiser.eval().requires_grad_(False)
     if not (folder / APPEARANCE).is_file():
         return generator
-    return replace(generator, dresser=load_dresser(folder, AppearanceSpace(grid, train.appearance)))
+    return replace(generator, dresser=load_dresser(folder, open_drafting(grid, train.appearance)))
 
 
-def load_dresser(folder: Path, space: AppearanceSpace) -> Dresser:
+def load_dresser(folder: Path, space: Drafting) -> Dresser:
     """Read the released appearance statistics of a generator folder."""
     with np.load(folder / APPEARANCE) as arrays:
-        return Dresser(space, AppearanceStatistics(**{name: arrays[name] for name in arrays.files}))
+        return Dresser(space, space.statistics_type(**{name: arrays[name] for name in arrays.files}))

@@ -157,9 +157,9 @@ def _noise(run: Path, study: Study, entries: Sequence[Record]) -> dict[str, floa
             found |= noise_shares(masks.statistics, masks.space, means, spread)
     appearance, entry = _noise_sd(entries, "appearance"), _last(entries, "appearance")
     if appearance and entry:
-        from medsynth.models.appearance import AppearanceSpace
+        from medsynth.models.drafting import open_drafting
 
-        size = AppearanceSpace(study.grid, study.train.appearance).size
+        size = open_drafting(study.grid, study.train.appearance).size
         # No mean is longer than the clip norm, which is chosen a little above what patients' vectors have.
         found["appearance"] = appearance * math.sqrt(size) / entry["sensitivity"]["clip_norms"]["appearance"]
     return found

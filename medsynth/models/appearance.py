@@ -56,6 +56,8 @@ class AppearanceSpace:
             when the least squares are solved; needed for :meth:`vector` and :meth:`statistics`.
     """
 
+    statistics_type = AppearanceStatistics
+
     def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
         self.grid = grid
         self.levels = settings.levels
@@ -63,7 +65,7 @@ class AppearanceSpace:
         self.features = LabelFeatures(grid, settings.coefficients, near)
         self._maps = maps
         edges = np.linspace(-1, 1, _CELLS + 1)
-        self._edge_waves = self._waves(edges).astype(np.float32)
+        self._edge_waves = waves(edges, self.levels).astype(np.float32)
         spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
         self._field = [(length / spacing, weight) for length, weight in _FIELD]
 
@@ -85,8 +87,8 @@ class AppearanceSpace:
         """
         if not self.features.has_pose(label):
             return np.zeros(self.size)
-        waves = self._waves(np.asarray(image)).swapaxes(0, 1).reshape(-1, *label.shape)
-        moments = self._fit.vector(waves, label) / np.sqrt(self.grid.channels)
+        series = waves(np.asarray(image), self.levels).swapaxes(0, 1).reshape(-1, *label.shape)
+        moments = self._fit.vector(series, label) / np.sqrt(self.grid.channels)
         return np.concatenate([[_COUNT_WEIGHT], moments.reshape(-1)])
 
     def statistics(self, mean: Array, noise_sd: float) -> AppearanceStatistics:
@@ -108,15 +110,10 @@ class AppearanceSpace:
         All channels share one field: light and tissue change colours together.
         """
         rank = ndtr(self._smooth_field(rng)).astype(np.float32).reshape(-1, 1)
-        planes = [_quantile(self._distribution(weights, label), rank) for weights in statistics.density]
+        planes = [quantile(self._distribution(weights, label), rank) for weights in statistics.density]
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
         image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
         return np.clip(image, -1, 1).astype(np.float32)
-
-    def _waves(self, values: NDArray[np.floating]) -> Array:
-        """Return cosines (level, \\*values) of grey values in [-1, 1], of unit mean square over that range."""
-        orders = np.arange(1, self.levels + 1).reshape(-1, *(1,) * values.ndim)
-        return np.asarray(np.sqrt(2.0) * np.cos(np.pi / 2 * orders * (values + 1)))
 
     def _distribution(self, weights: Array, label: NDArray[np.uint8]) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
@@ -133,12 +130,19 @@ class AppearanceSpace:
         return total / np.sqrt(sum(weight**2 for _, weight in self._field))
 
 
-def _quantile(distribution: Singles, rank: Singles) -> Singles:
-    """Return the grey value (voxel,) at each voxel's rank (voxel, 1)."""
+def waves(values: NDArray[np.floating], levels: int) -> Array:
+    """Return cosines (level, \\*values) of grey values in [-1, 1], of unit mean square over that range."""
+    orders = np.arange(1, levels + 1).reshape(-1, *(1,) * values.ndim)
+    return np.asarray(np.sqrt(2.0) * np.cos(np.pi / 2 * orders * (values + 1)))
+
+
+def quantile(distribution: Singles, rank: Singles) -> Singles:
+    """Return the grey value (voxel,) at each voxel's rank (voxel, 1) in its distribution (voxel, edge)."""
     rows = np.arange(len(rank))
-    cell = np.clip((distribution < rank).sum(1) - 1, 0, _CELLS - 1)
+    cells = distribution.shape[1] - 1
+    cell = np.clip((distribution < rank).sum(1) - 1, 0, cells - 1)
     low, high = distribution[rows, cell], distribution[rows, cell + 1]
-    return np.asarray(-1 + 2 / _CELLS * (cell + (rank[:, 0] - low) / np.maximum(high - low, 1e-6)), np.float32)
+    return np.asarray(-1 + 2 / cells * (cell + (rank[:, 0] - low) / np.maximum(high - low, 1e-6)), np.float32)
 
 
 def _standard(field: Array) -> Array:

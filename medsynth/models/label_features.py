@@ -39,8 +39,8 @@ class LabelFeatures:
     def __init__(self, grid: Grid, wide: Sequence[int], narrow: Sequence[int]) -> None:
         self.grid = grid
         self._frame = PoseFrame(grid, tuple(narrow), 1.0)
-        self._wide, wide_radius = _low_pass(wide)
-        self._narrow, narrow_radius = _low_pass(narrow)
+        self._wide, wide_radius = low_pass(wide)
+        self._narrow, narrow_radius = low_pass(narrow)
         self._bands = len(_BANDS) - 1  # the last, far one is left to position alone
         near = _GROUPS + np.tile(_group(narrow_radius), self._bands)
         labels = np.full(grid.classes - 1, 2 * _GROUPS)
@@ -88,13 +88,13 @@ class LabelFeatures:
         """Return wide and narrow cosines, band weights, label indicators, (feature, voxel), and what a voxel counts."""
         pose, chosen = self._pose(label), slice(None) if voxels is None else voxels
         offset = self._frame.voxels[:, chosen] - pose.centre[:, None]
-        wide = _product(_places(_tempered(pose.stretch), offset, _WIDE_SD), self._wide)
-        narrow = _product(_places(pose.stretch, offset, _NARROW_SD), self._narrow)
+        wide = cosine_products(_places(_tempered(pose.stretch), offset, _WIDE_SD), self._wide)
+        narrow = cosine_products(_places(pose.stretch, offset, _NARROW_SD), self._narrow)
         distance = signed_distance(label > 0).reshape(-1)[chosen]
-        hats = _hats(distance)[: self._bands]
+        bands = hats(distance, _BANDS)[: self._bands]
         counts = (1 / (1 + np.square(np.maximum(distance, 0) / _NEAR))).astype(np.float32)
         parts = np.stack([label.reshape(-1)[chosen] == value for value in range(1, self.grid.classes)])
-        return wide, narrow, hats, parts.astype(np.float32), counts
+        return wide, narrow, bands, parts.astype(np.float32), counts
 
     def _pose(self, label: NDArray[np.uint8]) -> Pose:
         vector = self._frame.pose_vector(label)
@@ -145,7 +145,7 @@ def signed_distance(mask: NDArray[np.bool_]) -> Array:
     return np.asarray(np.where(mask, 0.5 - inside, outside - 0.5))
 
 
-def _low_pass(counts: Sequence[int]) -> tuple[NDArray[np.int64], Array]:
+def low_pass(counts: Sequence[int]) -> tuple[NDArray[np.int64], Array]:
     """Return the frequencies (wave, axis) inside an ellipsoid of ``counts`` an axis, and their radius in (0, 1)."""
     waves = np.stack(np.meshgrid(*map(np.arange, counts), indexing="ij"), -1).reshape(-1, len(counts))
     radius = np.sqrt(np.square(waves / np.array(counts)).sum(1))
@@ -174,7 +174,7 @@ def _cosines(line: Singles, count: int) -> Singles:
     return np.asarray(np.cos(np.pi / 2 * order * (line + 1)) * np.where(order > 0, np.sqrt(2.0), 1.0), np.float32)
 
 
-def _product(places: Singles, waves: NDArray[np.int64]) -> Singles:
+def cosine_products(places: Singles, waves: NDArray[np.int64]) -> Singles:
     """Return products of cosines (wave, voxel) of places."""
     cosines = [_cosines(line, count) for line, count in zip(places, waves.max(0) + 1, strict=True)]
     product = cosines[0][waves[:, 0]]
@@ -183,8 +183,7 @@ def _product(places: Singles, waves: NDArray[np.int64]) -> Singles:
     return product
 
 
-def _hats(distance: Array) -> Singles:
-    """Return piecewise linear weights (band, voxel) that add up to one."""
-    knots = np.array(_BANDS)
+def hats(distance: Array, knots: Sequence[float]) -> Singles:
+    """Return piecewise linear weights (knot, voxel) that add up to one."""
     place = np.clip(distance, knots[0], knots[-1])
     return np.stack([np.interp(place, knots, row) for row in np.eye(len(knots))]).astype(np.float32)

@@ -16,7 +16,7 @@ from medsynth.diffusion.generator import Generator
 from medsynth.diffusion.objective import Batch, row_loss
 from medsynth.imaging.cohort import Patient
 from medsynth.models.adapters import select_trainable
-from medsynth.models.appearance import AppearanceSpace
+from medsynth.models.drafting import open_drafting
 from medsynth.privacy.audit import one_run, per_unit, replay, step
 from medsynth.privacy.audit.finding import Finding
 from medsynth.privacy.entropy import open_entropy
@@ -50,7 +50,7 @@ def executed(config: Study, inputs: Mapping[str, Path]) -> Executed:
         return Executed(False, None, None)
     entries = {entry["id"]: entry for entry in Ledger(inputs["ledger"]).entries()}
     named = [entries[name] for name in store.read_manifest(inputs["generator"]).ledger_entries]
-    space = AppearanceSpace(config.grid, config.train.appearance)
+    space = open_drafting(config.grid, config.train.appearance)
     appearance = [_sum(entry, space.size) for entry in named if entry["mechanisms"] == ["gaussian_sum:appearance"]]
     training = [_sgd(entry) for entry in named if entry["mechanisms"] == ["dp_sgd:denoiser"]]
     return Executed(config.masks.source == "statistics", next(iter(appearance), None), next(iter(training), None))

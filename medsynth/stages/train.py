@@ -32,8 +32,8 @@ from medsynth.diffusion.generator import (
     load_dresser,
     save_generator,
 )
-from medsynth.models.appearance import AppearanceSpace
 from medsynth.models.autoencoder import load_codec
+from medsynth.models.drafting import Drafting, open_drafting
 from medsynth.randomness import generator
 from medsynth.stages import private_training
 from medsynth.stages.inputs import config_digest, stage_inputs
@@ -151,7 +151,7 @@ def _dresser(job: Job, state: dict[str, Any]) -> Callable[[np.ndarray, np.random
     return load_dresser(job.folder, space).draft
 
 
-def _appearance(job: Job, space: AppearanceSpace, state: dict[str, Any]) -> None:
+def _appearance(job: Job, space: Drafting, state: dict[str, Any]) -> None:
     """Release the appearance statistics of the patients (once; a resumed run reads them back)."""
     from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.mechanism import GaussianSum
@@ -176,18 +176,18 @@ def _appearance(job: Job, space: AppearanceSpace, state: dict[str, Any]) -> None
         job.save(state)
 
 
-def appearance_vectors(patients: Iterable[Patient], space: AppearanceSpace) -> Iterator[np.ndarray]:
+def appearance_vectors(patients: Iterable[Patient], space: Drafting) -> Iterator[np.ndarray]:
     """Yield one vector a patient, the mean over the patient's records."""
     for patient in patients:
         records = zip(patient.images.numpy(), patient.labels.numpy(), strict=True)
         yield np.mean([space.vector(image, label) for image, label in records], axis=0)
 
 
-def appearance_space(job: Job) -> AppearanceSpace:
+def appearance_space(job: Job) -> Drafting:
     """Return the layout of the appearance statistics, with label maps of the stage ``masks`` and no patient's."""
     source = load_masks(job.inputs["masks"])
     maps = [source.draw(job.seed("appearance-map", index)) for index in range(_GRAM_MAPS)]
-    return AppearanceSpace(job.config.grid, job.config.train.appearance, maps)
+    return open_drafting(job.config.grid, job.config.train.appearance, maps)
 
 
 def _appearance_clip(job: Job) -> float:

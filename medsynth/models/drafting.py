@@ -1,0 +1,51 @@
+"""Which statistics dress label maps: distributions of grey values alone, or factors between patients and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medsynth.config import Appearance, Grid
+from medsynth.models.appearance import AppearanceSpace
+from medsynth.models.image_factors import FactorSpace
+from medsynth.models.pose import Array
+
+
+class Drafting(Protocol):
+    """A public layout of statistics: from a patient to a vector, from the released mean of vectors to images."""
+
+    @property
+    def statistics_type(self) -> Any:
+        """The frozen dataclass of arrays that :meth:`statistics` returns."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Length of a patient's vector."""
+        ...
+
+    def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
+        """Return the statistics of one image (channel, \\*spatial), zeros for one without foreground."""
+        ...
+
+    def statistics(self, mean: Array, noise_sd: float) -> Any:
+        """Read the released mean of vectors, with noise of ``noise_sd`` in each entry, back into statistics."""
+        ...
+
+    def render(self, label: NDArray[np.uint8], statistics: Any, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Return an image (channel, \\*spatial) in [-1, 1] of a label map."""
+        ...
+
+
+def open_drafting(grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> Drafting:
+    """Return the layout that the settings ask for.
+
+    Args:
+        grid: the public voxel grid.
+        settings: ``factors`` above 0 asks for factors between patients.
+        maps: label maps of the mask generator, never patients'; needed to measure, not to render.
+    """
+    return (FactorSpace if settings.factors else AppearanceSpace)(grid, settings, maps)

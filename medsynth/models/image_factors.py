@@ -1,0 +1,329 @@
+"""Images that differ between patients as a whole: light, colours and contrast by factors, texture by a distribution.
+
+Photographs share little: one is reddish, one is lit from the left, in one the lesion is paler than what surrounds it,
+in the next darker. The distribution of grey values at a place (:mod:`medsynth.models.appearance`) mixes all patients,
+so that their differences come out as texture. Here a patient's image becomes a few coefficients (low-pass cosines of
+the grid, bands of distance to the foreground), how strong and how fine the rest is, which part of the grid the frame
+leaves dark, and the distribution of the rest at each place. Mean and second moments of the coefficients give factors:
+directions in which patients differ, as many as stand out of the noise.
+
+Sources: factor analysis, Lawley, Maxwell (1962); which eigenvalues stand out of noise and how far to shrink them,
+Benaych-Georges, Nadakuditi (2011); the distribution as in :mod:`medsynth.models.appearance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+from scipy.special import ndtr
+
+from medsynth.config import Appearance, Grid
+from medsynth.models.appearance import quantile, waves
+from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance
+from medsynth.models.pose import Array
+
+_KNOTS = (-16.0, -8.0, -4.0, -1.5, 1.5, 4.0, 8.0, 16.0)  # voxels from the foreground, inside negative
+_COLOUR_SHARE = 0.5  # of the coefficients an axis, for what is no brightness: colours change slowly over an image
+_RINGS = 6  # of the cosines' frequencies, within which coefficients vary alike
+_TILT_WAVES = _COLOUR_WAVES = 4  # cosines of the distance, for tilts and for colours; brightness has all
+_REST_WAVES = 4  # cosines an axis for the distribution of what the coefficients leave
+_RIDGE, _REST_RIDGE = 0.01, 0.02
+_DARK = -0.8  # below it in all channels a voxel belongs to the frame
+_CELL = 4  # voxels an axis over which the frame is averaged
+_WIDTHS = (1.0, 2.0, 4.0, 8.0)  # voxels, between the bands of texture
+_SOFT_CELLS, _LEAST_FRAME = 0.7, 0.15  # against noise: widths of a blur, least share of patients that is drawn
+_REACH = 4.0  # standard deviations of the rest that its distribution covers
+_LOG_REST, _LOG_WEIGHT = -2.0, 0.5  # public centre of the logarithm of the rest's standard deviation; its weight
+_EVEN = 1 / np.sqrt(len(_WIDTHS) + 1)  # public centre of the strength of each band of texture
+_LONGEST = 1.1  # a patient's coefficients are shortened to this norm before they are squared
+_COUNT, _MEAN, _FRAME, _MOMENTS, _SQUARE = 0.3, 0.35, 0.5, 0.12, 1.2  # weights of the parts under one clip
+_LEAST_COUNT = 0.3
+_THIN = 3  # every third voxel is enough for a fit
+_LEAST_SHARE = 0.02  # of the voxels must be outside the frame
+_CELLS, _LEAST_DENSITY, _SHARPENING = 32, 0.02, 1.5
+_GRAIN = 0.02
+
+
+@dataclass(frozen=True)
+class FactorStatistics:
+    """What was released, ready to dress label maps.
+
+    Attributes:
+        mean: (coefficient,) of all patients.
+        factors: (coefficient, factor) directions in which patients differ, as long as they do.
+        rest: (coefficient,) standard deviation beside the factors.
+        frame: (\\*cell) share of patients whose image is dark there.
+        density: (channel * level, feature) weights of the distribution of what the coefficients leave.
+        bright: (feature, feature) what makes features orthogonal over drawn label maps (public).
+        slow: the same for the features that colours have.
+    """
+
+    mean: Array
+    factors: Array
+    rest: Array
+    frame: Array
+    density: Array
+    bright: Array
+    slow: Array
+
+
+class FactorSpace:
+    """The public layout of the statistics on one grid; holds no data.
+
+    Args:
+        grid: the public voxel grid.
+        settings: coefficients an axis, levels of the distribution, most factors.
+        maps: label maps of the mask generator (public or released, never patients'), which stand for the patients'
+            when features are made orthogonal.
+    """
+
+    statistics_type = FactorStatistics
+
+    def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
+        self.grid, self.levels, self.most = grid, settings.levels, settings.factors
+        self._lattice = np.indices(grid.shape).reshape(grid.spatial_dims, -1).astype(np.float32)
+        self._waves, radius = _grid_waves(grid, settings.coefficients)
+        self._rest_waves, _ = _grid_waves(grid, (_REST_WAVES,) * grid.spatial_dims)
+        bands = len(_KNOTS) - 1
+        self._profiles = fft.dct(np.eye(bands), norm="ortho", axis=0) * np.sqrt(bands)
+        self._slow = np.concatenate([np.flatnonzero(radius < _COLOUR_SHARE), len(radius) + np.arange(_COLOUR_WAVES)])
+        self._features = len(radius) + bands + grid.spatial_dims * _TILT_WAVES
+        self._rest_features = len(self._rest_waves) + bands
+        self._groups = self._coefficient_groups(radius)
+        self._colours = fft.dct(np.eye(grid.channels), norm="ortho", axis=0)  # brightness first, then what opposes
+        self._cells = tuple(size // _CELL for size in grid.shape)
+        self._whiten = self._orthogonal(maps)
+
+    @property
+    def coefficients(self) -> int:
+        """Number of coefficients of an image."""
+        return len(self._groups)
+
+    @property
+    def size(self) -> int:
+        """Length of a patient's vector."""
+        moments = self.grid.channels * self.levels * self._rest_features
+        return 1 + self.coefficients + int(np.prod(self._cells)) + moments + _triangle(self.coefficients)[0].size
+
+    def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
+        """Return the statistics of one image, zeros for one without foreground or all dark.
+
+        Args:
+            image: (channel, \\*spatial) in [-1, 1].
+            label: (\\*spatial) integers.
+        """
+        frame = ndimage.median_filter((image.max(0) < _DARK).astype(np.uint8), 3) > 0
+        shown = ~frame.reshape(-1)
+        if not (label > 0).any() or shown.mean() < _LEAST_SHARE:
+            return np.zeros(self.size)
+        smooth, rest = self._fit(image, label, shown)
+        deviation = np.sqrt(np.square(rest[:, shown]).mean()) + 1e-3
+        bands = [np.square(band.reshape(len(rest), -1)[:, shown]).mean() for band in _bands(rest.reshape(image.shape))]
+        scales = np.sqrt(np.array(bands) / (np.sum(bands) + 1e-9))
+        strength = _LOG_WEIGHT * np.clip(np.log(deviation) - _LOG_REST, -1, 1)
+        coefficients = np.concatenate([smooth, [strength], scales - _EVEN])
+        coefficients *= min(1.0, _LONGEST / np.linalg.norm(coefficients))
+        moments = self._moments(rest / (_REACH * deviation), label, shown)
+        rows, columns, weight = _triangle(self.coefficients)
+        return np.concatenate(
+            [
+                [_COUNT],
+                _MEAN * coefficients,
+                _FRAME * _averaged(frame, self._cells).reshape(-1) / np.sqrt(np.prod(self._cells)),
+                _MOMENTS * moments.reshape(-1) / np.sqrt(self.grid.channels / 3),
+                _SQUARE * weight * coefficients[rows] * coefficients[columns],
+            ]
+        )
+
+    def statistics(self, mean: Array, noise_sd: float) -> FactorStatistics:
+        """Read the released mean of :meth:`vector` (a sum over a public denominator) back into statistics.
+
+        Args:
+            mean: the released vector; its first entry is the noisy ratio of patients to the denominator.
+            noise_sd: standard deviation of the noise in each entry (public), for shrinking.
+        """
+        count = max(mean[0] / _COUNT, _LEAST_COUNT)
+        size, cells = self.coefficients, int(np.prod(self._cells))
+        centre, frame, moments, square = np.split(mean[1:] / count, np.cumsum([size, cells, self._moments_size]))
+        noise_sd = noise_sd / count
+        centre = centre / _MEAN
+        rows, columns, weight = _triangle(size)
+        second = np.zeros((size, size))
+        second[rows, columns] = second[columns, rows] = square / (_SQUARE * weight)
+        # The mean's own noise is in its square too: take that (public) part out again.
+        covariance = second - np.outer(centre, centre) + np.eye(size) * (noise_sd / _MEAN) ** 2
+        factors = _factors(covariance, noise_sd / _SQUARE, self.most)
+        left = np.bincount(self._groups, np.diag(covariance) - np.square(factors).sum(1)) / np.bincount(self._groups)
+        density = _shrunk(moments.reshape(-1, self._rest_features) * np.sqrt(self.grid.channels / 3), noise_sd)
+        return FactorStatistics(
+            _shrunk_groups(centre, self._groups, noise_sd / _MEAN),
+            factors,
+            np.sqrt(np.maximum(left, 0))[self._groups],
+            frame.reshape(self._cells) * np.sqrt(cells) / _FRAME,
+            density / _MOMENTS @ self._whiten[2],
+            *self._whiten[:2],
+        )
+
+    def render(
+        self, label: NDArray[np.uint8], statistics: FactorStatistics, rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """Return an image (channel, \\*spatial) in [-1, 1] of a label map, dressed with released statistics."""
+        drawn = statistics.mean + statistics.factors @ rng.standard_normal(statistics.factors.shape[1])
+        drawn = drawn + statistics.rest * rng.standard_normal(len(drawn))
+        smooth, (strength, *scales) = np.split(drawn, [self.coefficients - len(_WIDTHS) - 2])
+        texture = self._texture(label, statistics.density, np.maximum(np.array(scales) + _EVEN, 0.02), rng)
+        texture *= _REACH * np.exp(np.clip(strength / _LOG_WEIGHT, -1, 1) + _LOG_REST)
+        light = self._smooth(smooth, label, (statistics.bright, statistics.slow))
+        image = np.maximum(light + texture, _DARK).reshape(-1, *label.shape)
+        zoom = [size / cells for size, cells in zip(label.shape, statistics.frame.shape, strict=True)]
+        softened = ndimage.gaussian_filter(statistics.frame, _SOFT_CELLS, mode="nearest")
+        share = ndimage.zoom(softened, zoom, order=1, mode="nearest", grid_mode=True)
+        image = np.where(share > max(rng.random(), _LEAST_FRAME), -1.0, image)
+        return np.clip(image + _GRAIN * rng.standard_normal(label.shape), -1, 1).astype(np.float32)
+
+    @property
+    def _moments_size(self) -> int:
+        return self.grid.channels * self.levels * self._rest_features
+
+    def _coefficient_groups(self, radius: Array) -> NDArray[np.int64]:
+        """Return the group of each coefficient: what varies alike where no factor speaks of it, smooth things more."""
+        ring, bands = np.minimum((radius * _RINGS).astype(np.int64), _RINGS - 1), len(_KNOTS) - 1
+        tilts = np.tile(np.arange(_TILT_WAVES), self.grid.spatial_dims)
+        bright = np.concatenate([ring, _RINGS + np.arange(bands), _RINGS + bands + tilts])
+        most = int(bright.max()) + 1
+        parts = [bright, *(row * most + bright[self._slow] for row in range(1, self.grid.channels))]
+        rest = self.grid.channels * most + np.arange(len(_WIDTHS) + 2)
+        return np.asarray(np.unique(np.concatenate([*parts, rest]), return_inverse=True)[1])
+
+    def _parts(self, label: NDArray[np.uint8], chosen: Any = slice(None)) -> tuple[Singles, Singles]:
+        """Return the features of the smooth part and of the rest, (feature, voxel) each."""
+        distance = signed_distance(label > 0).reshape(-1)[chosen]
+        bands = hats(distance, _KNOTS)[:-1]
+        inside = self._lattice[:, label.reshape(-1) > 0]
+        centre, width = inside.mean(1, keepdims=True), 2 * (inside.std(1).mean() + 2)
+        tilt = np.sin(np.pi / 2 * np.clip((self._lattice[:, chosen] - centre) / width, -1, 1))
+        profiles = self._profiles @ bands
+        smooth = np.concatenate([self._waves[:, chosen], profiles, *(profiles[:_TILT_WAVES] * line for line in tilt)])
+        return smooth.astype(np.float32), np.concatenate([self._rest_waves[:, chosen], bands])
+
+    def _orthogonal(self, maps: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array, Array]:
+        """Return what whitens all smooth features, the slow ones and those of the rest."""
+        smooth, rest = np.eye(self._features), np.eye(self._rest_features)
+        if len(maps):
+            pairs = [self._parts(label, slice(None, None, 2 * _THIN + 1)) for label in maps]
+            smooth = np.mean([a @ a.T / a.shape[1] for a, _ in pairs], axis=0)
+            rest = np.mean([b @ b.T / b.shape[1] for _, b in pairs], axis=0)
+        slow = smooth[np.ix_(self._slow, self._slow)]
+        return _whitening(smooth, _RIDGE), _whitening(slow, _RIDGE), _whitening(rest, _REST_RIDGE)
+
+    def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> list[tuple[int, Array]]:
+        """Return for each opposing colour its row and whitened features."""
+        features = self._parts(label)[0]
+        bright, slow = whiten[0] @ features, whiten[1] @ features[self._slow]
+        return [(row, slow if row else bright) for row in range(self.grid.channels)]
+
+    def _fit(
+        self, image: NDArray[np.float32], label: NDArray[np.uint8], shown: NDArray[np.bool_]
+    ) -> tuple[Array, Array]:
+        """Return the smooth part's coefficients and the rest (channel, voxel), 0 in the frame."""
+        planes = self._colours @ image.reshape(self.grid.channels, -1)
+        chosen = np.flatnonzero(shown)[::_THIN]
+        found, left = [], np.empty_like(planes)
+        for row, basis in self._bases(label, self._whiten):
+            part = basis[:, chosen]
+            gram = part @ part.T / len(chosen) + _RIDGE * np.eye(len(part))
+            found.append(np.linalg.solve(gram, part @ planes[row, chosen] / len(chosen)))
+            left[row] = (planes[row] - found[-1] @ basis) * shown
+        return np.concatenate(found), self._colours.T @ left
+
+    def _smooth(self, coefficients: Array, label: NDArray[np.uint8], whiten: tuple[Array, Array]) -> Array:
+        bases = self._bases(label, whiten)
+        cuts = np.cumsum([len(basis) for _, basis in bases])[:-1]
+        planes = [part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)]
+        return np.asarray(self._colours.T @ np.stack(planes))
+
+    def _moments(self, rest: Array, label: NDArray[np.uint8], shown: NDArray[np.bool_]) -> Array:
+        """Return mean products (channel, level, feature) of features and cosines of the rest, in [-1, 1]."""
+        features = (self._whiten[2] @ self._parts(label)[1])[:, shown]
+        values = np.clip(rest[:, shown], -1, 1)
+        return np.stack([waves(line, self.levels) @ features.T for line in values]) / shown.sum()
+
+    def _texture(self, label: NDArray[np.uint8], density: Array, scales: Array, rng: np.random.Generator) -> Array:
+        """Return the rest (channel, voxel) in [-1, 1]: one field in all channels, as quantiles of its distribution."""
+        noise = _bands(rng.standard_normal((1, *label.shape)))
+        field = sum(scale * band / band.std() for scale, band in zip(scales, noise, strict=True))
+        rank = ndtr(field / field.std()).astype(np.float32).reshape(-1, 1)
+        series = (density @ self._parts(label)[1]).reshape(self.grid.channels, self.levels, -1)
+        edges = waves(np.linspace(-1, 1, _CELLS + 1), self.levels)
+        planes = []
+        for lines in series:
+            values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
+            cells = np.cumsum(values[:, 1:] + values[:, :-1], axis=1)
+            planes.append(quantile(np.pad(cells / cells[:, -1:], ((0, 0), (1, 0))).astype(np.float32), rank))
+        return np.stack(planes).astype(float)
+
+
+def _grid_waves(grid: Grid, counts: Sequence[int]) -> tuple[Singles, Array]:
+    """Return low-pass cosines (wave, voxel) of the place on the grid, and the radius of their frequencies."""
+    chosen, radius = low_pass(counts)
+    lines = [(2 * np.arange(size) + 1) / size - 1 for size in grid.shape]
+    places = np.stack(np.meshgrid(*lines, indexing="ij")).reshape(grid.spatial_dims, -1)
+    return cosine_products(places.astype(np.float32), chosen), radius
+
+
+def _whitening(gram: Array, ridge: float) -> Array:
+    values, vectors = np.linalg.eigh(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
+
+
+def _triangle(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Array]:
+    """Return rows and columns of the upper triangle, and weights that keep the norm of the symmetric matrix."""
+    rows, columns = np.triu_indices(size)
+    return rows, columns, np.where(rows == columns, 1.0, np.sqrt(2.0))
+
+
+def _bands(images: Array) -> list[Array]:
+    """Return what ``images`` (channel, \\*spatial) show in each band of fineness; they add up to the images."""
+    layers = [images]
+    for width in _WIDTHS:
+        layers.append(ndimage.gaussian_filter(images, [0, *[width] * (images.ndim - 1)], mode="nearest"))
+    return [*(fine - coarse for fine, coarse in pairwise(layers)), layers[-1]]
+
+
+def _averaged(frame: NDArray[np.bool_], cells: tuple[int, ...]) -> Array:
+    cut = frame[tuple(slice(count * _CELL) for count in cells)]
+    split = cut.reshape([side for count in cells for side in (count, _CELL)])
+    return np.asarray(split.mean(tuple(range(1, 2 * len(cells), 2))))
+
+
+def _factors(covariance: Array, noise_sd: float, most: int) -> Array:
+    """Return the directions (coefficient, factor) that stand out of the noise, each as long as without it.
+
+    Args:
+        covariance: symmetric, with noise of ``noise_sd`` on the diagonal and of ``noise_sd / sqrt(2)`` beside it.
+        noise_sd: 0 keeps all that are positive.
+        most: at most so many.
+    """
+    edge = noise_sd * np.sqrt(2 * len(covariance))
+    values, vectors = np.linalg.eigh(covariance)
+    kept = np.flatnonzero(values > max(edge, 1e-9))[-most:]
+    lengths = (values[kept] + np.sqrt(values[kept] ** 2 - edge**2)) / 2
+    return np.asarray(vectors[:, kept] * np.sqrt(lengths))
+
+
+def _shrunk_groups(values: Array, groups: NDArray[np.int64], noise_sd: float) -> Array:
+    """Shrink each group of values by its share of signal (Wiener 1949)."""
+    power = np.bincount(groups, values**2) / np.bincount(groups)
+    return np.asarray(values * (np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12))[groups])
+
+
+def _shrunk(moments: Array, noise_sd: float) -> Array:
+    """Shrink each row by its share of signal (Wiener 1949)."""
+    power = np.square(moments).mean(1, keepdims=True)
+    return np.asarray(moments * np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12))

@@ -1,0 +1,127 @@
+"""Factors between patients: known differences come back, in drafts and under noise."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from medsynth.config import Appearance, Grid
+from medsynth.imaging.phantom import sample_label_maps, smooth_field
+from medsynth.models.drafting import open_drafting
+from medsynth.models.image_factors import FactorSpace
+
+
+def grid(rank: int = 2, channels: int = 3) -> Grid:
+    return Grid(
+        spatial_dims=2 if rank == 2 else 3,
+        shape=(48,) * rank if rank == 2 else (24,) * rank,
+        channels=3 if channels == 3 else 1,
+        labels={0: "none", 1: "lesion"},
+    )
+
+
+@lru_cache
+def space(rank: int = 2, channels: int = 3) -> FactorSpace:
+    public = grid(rank, channels)
+    layout = open_drafting(public, Appearance(coefficients=(4,) * rank, factors=8), sample_label_maps(public, 24, 1))
+    assert isinstance(layout, FactorSpace)
+    return layout
+
+
+def pairs(rank: int = 2, channels: int = 3, count: int = 40) -> tuple[list[np.ndarray], np.ndarray]:
+    """Images as bright as 0.4 times one normal number a patient, whose lesions are brighter or darker by another."""
+    labels, images, rng = sample_label_maps(grid(rank), count, 2), [], np.random.default_rng(0)
+    for index, label in enumerate(labels):
+        light, contrast = 0.3 * rng.standard_normal(), rng.choice([-0.3, 0.3])
+        texture = 0.05 * smooth_field(np.random.default_rng(index), label.shape, 4)
+        images.append(np.repeat((light + contrast * (label > 0) + texture)[None], channels, 0).clip(-1, 1))
+    return [image.astype(np.float32) for image in images], labels
+
+
+@lru_cache
+def released(rank: int = 2, channels: int = 3) -> np.ndarray:
+    images, labels = pairs(rank, channels)
+    return np.mean([space(rank, channels).vector(x, y) for x, y in zip(images, labels, strict=True)], axis=0)
+
+
+def drafts(noise_sd: float = 0.0, rank: int = 2, channels: int = 3, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    layout, rng = space(rank, channels), np.random.default_rng(3)
+    mean = released(rank, channels)
+    found = layout.statistics(mean + noise_sd * rng.standard_normal(mean.size), noise_sd)
+    labels = sample_label_maps(grid(rank), count, 9)
+    return np.stack([layout.render(label, found, rng) for label in labels]), labels
+
+
+@pytest.mark.parametrize(("rank", "channels", "noise_sd"), [(2, 3, 0.0), (2, 3, 1e-3), (2, 1, 0.0), (3, 1, 0.0)])
+def test_drafts_differ_as_patients_do(rank: int, channels: int, noise_sd: float) -> None:
+    images, labels = drafts(noise_sd, rank, channels)
+    assert images.shape[1] == channels and images.dtype == np.float32 and np.abs(images).max() <= 1
+    light = np.array([image[:, label == 0].mean() for image, label in zip(images, labels, strict=True)])
+    contrast = [
+        image[:, label > 0].mean() - image[:, label == 0].mean() for image, label in zip(images, labels, strict=True)
+    ]
+    assert 0.15 < light.std() < 0.45, "patients: 0.3"
+    assert abs(np.mean(contrast)) < 0.12
+    assert 0.15 < np.std(contrast) < 0.45, "patients: 0.3; their mean alone would give none"
+
+
+def test_a_draft_follows_its_seed() -> None:
+    layout, label = space(), sample_label_maps(grid(), 1, 9)[0]
+    found = layout.statistics(released(), 0.0)
+    first, again, other = (layout.render(label, found, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_drafts_need_no_label_maps_beside_what_was_released() -> None:
+    layout, label = space(), sample_label_maps(grid(), 1, 9)[0]
+    found = layout.statistics(released(), 0.0)
+    later = open_drafting(grid(), Appearance(coefficients=(4, 4), factors=8))
+    drafted = [each.render(label, found, np.random.default_rng(1)) for each in (layout, later)]
+    np.testing.assert_array_equal(*drafted)
+
+
+def test_grey_patients_give_grey_drafts() -> None:
+    images, _ = drafts()
+    assert np.abs(images[:, 0] - images[:, 2]).mean() < 0.03
+
+
+def test_a_dark_frame_of_some_patients_is_in_as_many_drafts() -> None:
+    images, labels = pairs()
+    for image in images[::2]:
+        image[:, :16, :16] = -1
+    vectors = [space().vector(x, y) for x, y in zip(images, labels, strict=True)]
+    found, rng = space().statistics(np.mean(vectors, axis=0), 0.0), np.random.default_rng(0)
+    corners = np.stack([space().render(label, found, rng)[:, 2:12, 2:12].max((0, 1, 2)) for label in labels])
+    assert 0.25 < np.mean(corners < -0.8) < 0.75, "half of the patients"
+
+
+def test_noise_alone_gives_no_factor_and_a_signal_above_it_does() -> None:
+    rng, layout = np.random.default_rng(0), space()
+    noise = rng.normal(0, 0.01, layout.size)
+    noise[0] = released()[0]
+    assert layout.statistics(noise, 0.01).factors.shape[1] <= 1
+    assert 1 <= layout.statistics(released() + rng.normal(0, 1e-3, layout.size), 1e-3).factors.shape[1] <= 8
+
+
+def test_a_vector_is_bounded_whatever_the_image() -> None:
+    layout, label = space(), sample_label_maps(grid(), 1, 9)[0]
+    rng = np.random.default_rng(0)
+    hostile = [rng.choice([-1.0, 1.0], (3, 48, 48)), np.ones((3, 48, 48)), rng.uniform(-1, 1, (3, 48, 48))]
+    for image in hostile:
+        assert np.linalg.norm(layout.vector(image.astype(np.float32), label)) < 3
+
+
+def test_an_image_without_labels_or_without_light_counts_as_nothing() -> None:
+    layout, label = space(), sample_label_maps(grid(), 1, 9)[0]
+    assert not layout.vector(np.zeros((3, 48, 48), np.float32), np.zeros((48, 48), np.uint8)).any()
+    assert not layout.vector(np.full((3, 48, 48), -1, np.float32), label).any()
+
+
+@pytest.mark.parametrize("size", [0.1, 100.0])
+def test_any_noise_still_gives_an_image(size: float) -> None:
+    layout, rng = space(), np.random.default_rng(0)
+    found = layout.statistics(rng.normal(0, size, layout.size), size)
+    image = layout.render(sample_label_maps(grid(), 1, 9)[0], found, rng)
+    assert np.isfinite(image).all() and np.abs(image).max() <= 1
