@@ -205,7 +205,7 @@ class Masks(Section):
     mean_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
     spread_clip_norm: Positive | None = Field(
         None,
-        description="None: the 90 % quantile over public phantoms, 38 in 3D; about 4 for one organ in crops around it",
+        description="None: half of that of the means, enough for one organ; where labels lie anywhere, about as much",
     )
     min_component_voxels: Annotated[int, Field(ge=0)] = 8
 

@@ -148,13 +148,12 @@ def _errors(run: Path) -> dict[str, float]:
 def _noise(run: Path, study: Study, entries: Sequence[Record]) -> dict[str, float]:
     """Return noise over signal of what was released, from the ledger, the statistics and public constants alone."""
     found: dict[str, float] = {}
-    means, spread = (_noise_sd(entries, name) for name in ("mask_means", "mask_spread"))
-    if store.is_done(run / "masks") and means and spread:
-        from medsynth.stages.masks import load_masks, noise_shares
+    if store.is_done(run / "masks") and _noise_sd(entries, "mask_means"):
+        from medsynth.stages.masks import load_masks
 
-        masks = load_masks(run / "masks")
-        if masks.statistics is not None:
-            found |= noise_shares(masks.statistics, masks.space, means, spread)
+        statistics = load_masks(run / "masks").statistics
+        if statistics is not None:
+            found |= dict(zip(("pose", "shape", "spread"), map(float, statistics.noise), strict=True))
     appearance, entry = _noise_sd(entries, "appearance"), _last(entries, "appearance")
     if appearance and entry:
         from medsynth.models.drafting import open_drafting

@@ -30,7 +30,10 @@ _STATISTICS = {
     "spread": (
         "the released variety of the label maps",
         "that variety",
-        (Change("masks.spread_clip_norm", "lower", "to 4 for one organ"), Change("privacy.shares.masks", "raise")),
+        (
+            Change("masks.spread_clip_norm", "lower", "where labels lie in one place"),
+            Change("privacy.shares.masks", "raise"),
+        ),
     ),
     "appearance": (
         "what is released of the images (appearance)",

@@ -12,7 +12,7 @@ Source: distance-map shape models after Leventon et al. (2000); the canonical fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,16 @@ class MaskStatistics:
         shape_mean: (plane * coefficient,) mean shape vector.
         spread: ``diagonal``: (plane * band,) variance a coefficient in each band; ``full``: (plane * coefficient, rank)
             root of the covariance (see :func:`covariance_root`).
+        noise: (3,) how large the privacy noise is beside the signal: expected error of the mean pose and of the mean
+            shape over how far patients are from them (root mean squares), and length of the noise in the variances
+            over theirs. Zeros without privacy.
     """
 
     pose_mean: Array
     pose_covariance: Array
     shape_mean: Array
     spread: Array
+    noise: Array = field(default_factory=lambda: np.zeros(3))
 
 
 class ShapeSpace:
@@ -113,7 +117,12 @@ class ShapeSpace:
     @property
     def band_count(self) -> int:
         """Number of (plane, band) groups."""
-        return self.planes * _BANDS
+        return self.planes * self.bands_a_plane
+
+    @property
+    def bands_a_plane(self) -> int:
+        """Number of radial frequency bands."""
+        return _BANDS
 
     @property
     def band_sizes(self) -> Array:

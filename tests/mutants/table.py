@@ -85,9 +85,18 @@ def each_row_is_a_unit_of_the_engine(original: Any) -> Any:
     return each_row_is_a_unit(original)
 
 
-@takes_out("stages.masks._mean_vectors", 1, "stages/test_masks.py::test_pitfall_01_many_slices_are_one_vector")
+@takes_out(
+    "stages.mask_sums.MaskSums.first_vectors", 1, "stages/test_masks.py::test_pitfall_01_many_slices_are_one_vector"
+)
 def each_slice_is_a_vector(original: Any) -> Any:
-    return lambda labels, space: original([row[None] for rows in labels for row in rows], space)
+    return lambda sums, labels: original(sums, [row[None] for rows in labels for row in rows])
+
+
+@takes_out(
+    "stages.mask_sums.MaskSums.second_vectors", 1, "stages/test_masks.py::test_pitfall_01_many_slices_are_one_vector"
+)
+def each_slice_is_a_vector_of_the_second_sum(original: Any) -> Any:
+    return lambda sums, labels, *around: original(sums, [row[None] for rows in labels for row in rows], *around)
 
 
 @takes_out(

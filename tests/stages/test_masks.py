@@ -16,6 +16,7 @@ from medsynth.models.mask_generator import MaskStatistics, ShapeSpace
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import GaussianSum, noise_grid
 from medsynth.stages import masks
+from medsynth.stages.mask_sums import MaskSums, plan_sums
 from medsynth.tracking import Tracker
 
 MakeCohort = Callable[..., Path]
@@ -100,18 +101,21 @@ def test_pitfall_03_plans_are_the_same_for_one_patient_more(
 
 def test_pitfall_01_many_slices_are_one_vector(tiny_study: Study, tmp_path: Path, make_cohort: MakeCohort) -> None:
     """A patient of the same slice nine times weighs as much as one of that slice once."""
-    space = ShapeSpace(tiny_study.grid, tiny_study.masks)
     from medsynth.imaging.phantom import sample_label_maps
 
+    sums = plan_sums(tiny_study, ShapeSpace(tiny_study.grid, tiny_study.masks), 1.0)
     label = sample_label_maps(tiny_study.grid, 1, 0)
-    once, often = masks._mean_vectors([label, np.repeat(label, 9, axis=0)], space)
-    np.testing.assert_allclose(once, often)
+    cohort = [label, np.repeat(label, 9, axis=0)]
+    np.testing.assert_allclose(*sums.first_vectors(cohort))
+    np.testing.assert_allclose(*sums.second_vectors(cohort, sums.pose, sums.shape))
 
 
 def test_a_patient_who_shows_nothing_adds_nothing(tiny_study: Study) -> None:
-    space = ShapeSpace(tiny_study.grid, tiny_study.masks)
-    (vector,) = masks._mean_vectors([np.zeros((2, 16, 16), np.uint8)], space)
-    assert not vector.any()
+    sums = plan_sums(tiny_study, ShapeSpace(tiny_study.grid, tiny_study.masks), 1.0)
+    nothing = [np.zeros((2, 16, 16), np.uint8)]
+    (first,), (second,) = sums.first_vectors(nothing), sums.second_vectors(nothing, sums.pose, sums.shape)
+    assert not first.any() and first.shape == (sums.mean.dimensions,)
+    assert not second.any() and second.shape == (sums.spread.dimensions,)
 
 
 def test_public_shapes_read_no_patient_and_cost_nothing(tiny_study: Study, tmp_path: Path) -> None:
@@ -160,7 +164,8 @@ def test_pitfall_14_no_kill_buys_a_second_release(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(masks, "_measure" if where == "measuring" else "_write_settings", killed)
+            where_it_dies = (MaskSums, "measure") if where == "measuring" else (masks, "_write_settings")
+            patch.setattr(*where_it_dies, killed)
             with pytest.raises(KeyboardInterrupt):
                 masks.run(tiny_study, inputs, tmp_path / "masks", Tracker())
         assert not (tmp_path / "masks").exists()
@@ -236,34 +241,6 @@ def test_a_volume_that_is_asked_for_is_the_median_and_every_map_is_drawn_as_unas
     assert generator.ask(Synthesise(), seeds).factors == {}
     with pytest.raises(ConfigError, match="ask for less"):
         generator.ask(Synthesise(volume_scale={"head": 1e4}), seeds)
-
-
-@pytest.mark.parametrize("rank", [2, 3])
-def test_noise_is_told_from_signal_by_what_was_released(rank: int) -> None:
-    grid = Grid(spatial_dims=2 if rank == 2 else 3, shape=(32,) * rank, labels={0: "none", 1: "head", 2: "tail"})
-    settings, released = spread_statistics(grid, "statistics")
-    space = ShapeSpace(grid, settings)
-    assert released is not None
-    noise_sd, rng = 0.3, np.random.default_rng(0)
-    noise = rng.normal(0, noise_sd, space.shape_size)
-    shrunk, kept = masks._shrink(released.shape_mean + noise, space, noise_sd)
-    noisy = MaskStatistics(released.pose_mean, released.pose_covariance, shrunk, released.spread)
-    shares = masks.noise_shares(noisy, space, noise_sd, 1e-5)
-    signal = np.bincount(space.bands, released.shape_mean**2, space.band_count) > 0.01 * space.band_sizes
-    error = np.linalg.norm((shrunk - released.shape_mean)[(signal & (kept > 0))[space.bands]])
-    differ = np.sqrt((released.spread * space.band_sizes).sum())
-    assert shares["shape"] == pytest.approx(error / differ, rel=0.25)
-    assert shares["pose"] == pytest.approx(0.03 / np.sqrt(4e-3)) and shares["spread"] == pytest.approx(0.1)
-    quiet = masks.noise_shares(noisy, space, noise_sd / 100, 1e-7)
-    assert all(quiet[name] < 0.05 * shares[name] for name in shares)
-
-
-def test_two_noisy_counts_are_joined_by_how_sure_they_are() -> None:
-    assert masks._joined((0.8, 1.4), (0.1, 0.2)) == pytest.approx(0.8 + 0.6 / 5)
-    assert masks._joined((0.8, 1.4), (0.1, 1e6)) == pytest.approx(0.8) and masks._joined((0.9, 1.0), (0.0, 0.0)) == 0.9
-    rng = np.random.default_rng(0)
-    draws = [masks._joined(tuple(1 + rng.normal(0, (0.1, 0.4))), (0.1, 0.4)) for _ in range(500)]
-    assert np.std(draws) < 0.1 and np.mean(draws) == pytest.approx(1, abs=0.02)
 
 
 def volume(maps: list[np.ndarray], value: int) -> float:

@@ -1,0 +1,277 @@
+"""The two noisy sums behind the statistics of label maps, and how they are read back.
+
+The first gives the mean pose and shape, measured from the mean of public phantoms. The second is taken around what
+the first released: what that still misses of the mean, which is short, so that its clip and with it its noise are
+small, and how patients differ. What both say of the mean is joined, and each statistic is pulled towards a public
+belief by the share that noise has in it.
+
+Sources: Wiener (1949) for the shrinkage of means; James and Stein (1961) for that of the pose's covariance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medsynth import logs
+from medsynth.config import Grid, Masks, Study
+from medsynth.models.mask_generator import MaskStatistics, ShapeSpace, covariance_root, positive_part
+from medsynth.models.pose import Array
+from medsynth.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from medsynth.privacy.entropy import Entropy
+    from medsynth.privacy.mechanism import GaussianSum
+
+# Weights balance, under one clip, entries of different length; all public.
+_COUNT_WEIGHT = 10.0
+_POSE_WEIGHT = 20.0
+_LATER_COUNT_WEIGHT = 4.0
+_LATER_POSE_WEIGHT = 40.0
+_SQUARE_WEIGHT = 20.0
+_BAND_WEIGHT = 0.5
+_LATER_CLIP = 0.5  # of the first clip norm: patients differ from their mean by less than from public phantoms
+_COUNT_SD = 0.1  # public belief: as many patients as declared, give or take a tenth
+_LEAST_COUNT = 0.25  # a noisy count below this share of the denominator is taken as this share
+_PLACE_VARIANCE, _STRETCH_VARIANCE = 0.06**2, 0.02  # public beliefs on the spread of poses
+_FALL, _FALL_DOUBT = 4.3, 0.7  # of shapes' variances over the frequency bands: smooth shapes; how far to doubt it
+_LEAST_VARIANCE = 0.02
+_PHANTOMS = 64
+_CLIP_QUANTILE = 0.9
+_FULL_RANK = 150
+_NO_CLIP = 1e12  # a study without privacy has nothing to bound
+
+
+@dataclass(frozen=True)
+class MaskSums:
+    """The mechanisms and the public layout of their vectors; holds no data.
+
+    Attributes:
+        space: geometry of poses and shapes.
+        pose: (pose,) mean pose of public phantoms.
+        shape: (plane * coefficient,) their mean shape.
+        mean: the first sum: count, pose and shape.
+        spread: the second: count, the same once more around what the first released, and their squares.
+    """
+
+    space: ShapeSpace
+    pose: Array
+    shape: Array
+    mean: GaussianSum
+    spread: GaussianSum
+
+    def measure(self, labels: Sequence[np.ndarray], entropy: Entropy) -> MaskStatistics:
+        """Release both sums and return what they say.
+
+        Args:
+            labels: one array (record, \\*spatial) of integers a patient.
+            entropy: where the noise comes from.
+        """
+        first_sd, second_sd = _noise_sd(self.mean), _noise_sd(self.spread)
+        first = self.mean.release(self.first_vectors(labels), entropy)
+        count = _believed(first[0] / _COUNT_WEIGHT, first_sd / _COUNT_WEIGHT)
+        pose, shape = self._early(first / count)
+        shape = shape * self._kept(shape, first_sd / count / _band_weights(self.space))[self.space.bands]
+        second = self.spread.release(self.second_vectors(labels, pose, shape), entropy)
+        count_sds = (first_sd / _COUNT_WEIGHT, second_sd / _LATER_COUNT_WEIGHT)
+        both = _joined(first[0] / _COUNT_WEIGHT, second[0] / _LATER_COUNT_WEIGHT, count_sds)
+        count = _believed(float(both), float(_joint_sd(*count_sds)))
+        return self._read(first / count, second / count, (pose, shape), (first_sd / count, second_sd / count))
+
+    def first_vectors(self, labels: Sequence[np.ndarray]) -> Iterator[Array]:
+        """Yield (count, pose, shape) of each patient: the mean over the patient's records that show anything."""
+        size = 1 + self.space.pose_size + self.space.shape_size
+        weights = _band_weights(self.space)[self.space.bands]
+        for records in logs.progress(labels, "measuring label maps", len(labels)):
+            found = [
+                np.concatenate([[_COUNT_WEIGHT], pose * _POSE_WEIGHT, shape * weights])
+                for pose, shape in self._measured(records)
+            ]
+            yield np.mean(found, axis=0) if found else np.zeros(size)
+
+    def second_vectors(self, labels: Sequence[np.ndarray], pose_mean: Array, shape_mean: Array) -> Iterator[Array]:
+        """Yield (count, pose, shape, pose x pose, shape spread) of each patient around a released mean.
+
+        Args:
+            labels: one array (record, \\*spatial) a patient.
+            pose_mean: (pose,) released, measured from that of the phantoms.
+            shape_mean: (plane * coefficient,) likewise.
+        """
+        for records in logs.progress(labels, "measuring their spread", len(labels)):
+            found = []
+            for given_pose, given_shape in self._measured(records):
+                pose, shape = given_pose - pose_mean, given_shape - shape_mean
+                square = np.outer(pose, pose).reshape(-1) * _SQUARE_WEIGHT
+                first = [[_LATER_COUNT_WEIGHT], pose * _LATER_POSE_WEIGHT, shape]
+                found.append(np.concatenate([*first, square, self._shape_spread(shape) * _BAND_WEIGHT]))
+            yield np.mean(found, axis=0) if found else np.zeros(_second_size(self.space))
+
+    def _measured(self, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
+        for pose, shape in _measured(self.space, records):
+            yield pose - self.pose, shape - self.shape
+
+    def _shape_spread(self, shape: Array) -> Array:
+        full = self.space.settings.covariance == "full"
+        return np.outer(shape, shape).reshape(-1) if full else self.space.band_sums(shape)
+
+    def _early(self, first: Array) -> tuple[Array, Array]:
+        """Return pose and shape of the first sum over the count."""
+        cut = 1 + self.space.pose_size
+        return first[1:cut] / _POSE_WEIGHT, first[cut:] / _band_weights(self.space)[self.space.bands]
+
+    def _kept(self, shape: Array, noise: Array) -> Array:
+        """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` (plane * band,)."""
+        power = self.space.band_sums(shape)
+        return np.maximum(power - noise**2, 0) / np.maximum(power, 1e-12)
+
+    def _read(
+        self, first: Array, second: Array, around: tuple[Array, Array], sds: tuple[float, float]
+    ) -> MaskStatistics:
+        """Return what both sums over the count say; ``around`` is what the second was taken around."""
+        space, bands, cut = self.space, self.space.bands, 1 + self.space.pose_size
+        start = cut + space.shape_size
+        end = start + space.pose_size**2
+        pose, shape = self._early(first)
+        pose_sds = (sds[0] / _POSE_WEIGHT, sds[1] / _LATER_POSE_WEIGHT)
+        pose = _joined(pose, around[0] + second[1:cut] / _LATER_POSE_WEIGHT, pose_sds)
+        shape_sds = sds[0] / _band_weights(space)
+        shape = _joined(shape, around[1] + second[cut:start], (shape_sds[bands], sds[1]))
+        shape_sd = _joint_sd(shape_sds, sds[1])
+        kept = self._kept(shape, shape_sd)
+        shape = shape * kept[bands]
+        # The squares were taken around a mean that is known better now: take the difference out.
+        square = second[start:end].reshape(space.pose_size, -1) / _SQUARE_WEIGHT
+        square = square - np.outer(pose - around[0], pose - around[0])
+        covariance = positive_part(self._pose_covariance(square, sds[1] / _SQUARE_WEIGHT))
+        spread, spread_sd = second[end:] / _BAND_WEIGHT - self._shape_spread(shape - around[1]), sds[1] / _BAND_WEIGHT
+        if space.settings.covariance == "full":
+            matrix = spread.reshape(space.shape_size, -1)
+            root = covariance_root(matrix, min(_FULL_RANK, space.shape_size))
+            return MaskStatistics(self.pose + pose, covariance, self.shape + shape, root)
+        spread = self._variances(spread, spread_sd)
+        noise = np.array(
+            [
+                _joint_sd(*pose_sds) * np.sqrt(space.pose_size) / max(np.sqrt(np.trace(covariance)), 1e-9),
+                np.sqrt((shape_sd**2 * kept * space.band_sizes).sum() / max((spread * space.band_sizes).sum(), 1e-9)),
+                spread_sd * np.sqrt(space.band_count) / max(np.linalg.norm(spread), 1e-9),
+            ]
+        )
+        return MaskStatistics(self.pose + pose, covariance, self.shape + shape, spread, noise)
+
+    def _pose_covariance(self, square: Array, sd: float) -> Array:
+        """Pull places, stretches and what links them to a public belief, each block by the share of noise in it."""
+        axes = self.space.grid.spatial_dims
+        belief = np.diag([_PLACE_VARIANCE] * axes + [_STRETCH_VARIANCE] * (self.space.pose_size - axes))
+        result = square.copy()
+        place, stretch = slice(axes), slice(axes, None)
+        for block in ((place, place), (stretch, stretch), (place, stretch), (stretch, place)):
+            far, size = np.square(square[block] - belief[block]).sum(), square[block].size
+            # Noise alone gets so far in one case of forty; what is left of it would widen every pose.
+            noise = (size + 2 * np.sqrt(2 * size)) * sd**2
+            weight = max(0.0, 1 - noise / max(far, 1e-12))
+            result[block] = weight * square[block] + (1 - weight) * belief[block]
+        return result
+
+    def _variances(self, measured: Array, sd: float) -> Array:
+        """Pull the variance a band towards the fall over frequencies that smooth shapes have, by the share of noise."""
+        count = self.space.bands_a_plane
+        fall = np.tile(np.exp(-_FALL * (np.arange(count) + 0.5) / count), self.space.planes)
+        belief = max(float(measured @ fall / (fall @ fall)), _LEAST_VARIANCE) * fall
+        doubt = (_FALL_DOUBT * belief) ** 2
+        return np.maximum((measured * doubt + belief * sd**2) / (doubt + sd**2), 0)
+
+
+def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> MaskSums:
+    """Return both mechanisms from public constants: clip norms come from the configuration or from public phantoms.
+
+    Args:
+        config: sections ``grid``, ``privacy``, ``ingest``, ``masks``.
+        space: the layout.
+        noise_multiplier: of each of both sums.
+    """
+    from medsynth.privacy.mechanism import GaussianSum
+
+    denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
+    poses, shapes = _public_vectors(
+        config.grid.model_dump_json(), config.masks.model_dump_json(), config.encode.phantoms.seed
+    )
+    pose, shape = poses.mean(0), shapes.mean(0)
+    clip = later = _NO_CLIP
+    if config.privacy.private:
+        rows = np.hstack([(poses - pose) * _POSE_WEIGHT, (shapes - shape) * _band_weights(space)[space.bands]])
+        norms = np.sqrt(np.square(rows).sum(1) + _COUNT_WEIGHT**2)
+        clip = config.masks.mean_clip_norm or float(np.quantile(norms, _CLIP_QUANTILE))
+        later = config.masks.spread_clip_norm or _LATER_CLIP * clip
+    return MaskSums(
+        space,
+        pose,
+        shape,
+        GaussianSum("mask_means", 1 + space.pose_size + space.shape_size, clip, noise_multiplier, denominator),
+        GaussianSum("mask_spread", _second_size(space), later, noise_multiplier, denominator),
+    )
+
+
+def _second_size(space: ShapeSpace) -> int:
+    first = 1 + space.pose_size + space.shape_size
+    wide = space.settings.covariance == "full"
+    return first + space.pose_size**2 + (space.shape_size**2 if wide else space.band_count)
+
+
+def _noise_sd(mechanism: GaussianSum) -> float:
+    """Return the standard deviation of the noise in each entry of what a sum releases."""
+    return mechanism.noise_multiplier * mechanism.clip_norm / mechanism.denominator
+
+
+def _band_weights(space: ShapeSpace) -> Array:
+    """Return weights (plane * band,) of the first sum: what is sharp is weak in every shape and needs less clip."""
+    radius = (np.arange(space.bands_a_plane) + 0.5) / space.bands_a_plane
+    return np.tile(np.exp(-radius), space.planes)
+
+
+def _measured(space: ShapeSpace, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
+    """Yield pose and shape of each label map (record, \\*spatial) that shows anything."""
+    for label in records:
+        pose = space.pose_vector(label)
+        if pose is not None:
+            yield pose, space.shape_vector(label, space.pose(pose))
+
+
+@lru_cache(maxsize=8)  # audits plan the same sums many times
+def _public_vectors(grid: str, masks: str, seed: int) -> tuple[Array, Array]:
+    """Return poses and shapes (phantom, entry) of public phantoms."""
+    from medsynth.imaging.phantom import sample_label_maps
+
+    public = Grid.model_validate_json(grid)
+    labels = sample_label_maps(public, _PHANTOMS, derive_seed(seed, "masks", "clip"))
+    poses, shapes = zip(*_measured(ShapeSpace(public, Masks.model_validate_json(masks)), labels), strict=True)
+    return np.stack(poses), np.stack(shapes)
+
+
+def _believed(count: float, sd: float) -> float:
+    """Return a noisy count over the denominator, pulled to 1 by the share that noise has in it."""
+    doubt = _COUNT_SD**2
+    return max(float((count * doubt + sd**2) / (doubt + sd**2)), _LEAST_COUNT)
+
+
+def _joint_sd(first: Array | float, second: Array | float) -> Array:
+    """Return the standard deviation of :func:`_joined`."""
+    return np.sqrt(_weight(first, second)) * first
+
+
+def _joined(first: Array, second: Array, sds: tuple[Array | float, Array | float]) -> Array:
+    """Return the mean of two noisy measurements of the same, each weighted by the inverse of its variance.
+
+    Without noise it is the second, which was measured around the first and corrects it.
+    """
+    weight = _weight(*sds)
+    return np.asarray(weight * first + (1 - weight) * second)
+
+
+def _weight(first: Array | float, second: Array | float) -> Array:
+    """Return the weight of the first of two measurements of these standard deviations."""
+    total = np.square(first) + np.square(second)
+    return np.asarray(np.divide(np.square(second), total, out=np.zeros(np.shape(total)), where=total > 0))

@@ -1,0 +1,155 @@
+"""The two sums of label maps: what they say is unbiased, the second sharpens the first, noise is told and held back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from medsynth.config import Appearance, Grid, Masks, Privacy, Study, Train
+from medsynth.imaging.phantom import sample_label_maps
+from medsynth.models.mask_generator import MaskStatistics, ShapeSpace
+from medsynth.privacy.entropy import Entropy, open_entropy
+from medsynth.privacy.mechanism import GaussianSum
+from medsynth.stages.mask_sums import MaskSums, plan_sums
+
+PATIENTS = 24  # 0.8 of those declared
+
+
+def study_of(rank: int, epsilon: float = 8, **masks: object) -> Study:
+    grid = Grid(spatial_dims=2 if rank == 2 else 3, shape=(24,) * rank, labels={0: "none", 1: "head", 2: "tail"})
+    privacy = Privacy(epsilon=epsilon, delta=1e-3, declared_patients=30)
+    train = Train(appearance=Appearance(coefficients=(5,) * rank))
+    return Study(name="sums-nonprivate", grid=grid, privacy=privacy, masks=Masks(coefficients=(5,) * rank, **masks), train=train)
+
+
+def one_organ(rank: int, seed: int = 0) -> list[np.ndarray]:
+    """Return label maps (1, *spatial) of one organ, of another size and place in each patient."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.arange(24) + 0.5] * rank, indexing="ij")
+    labels = []
+    for _ in range(PATIENTS):
+        centre, size = 12 + rng.normal(0, 0.6, rank), rng.uniform(0.85, 1.15)
+        far = sum(((axis - c) / (r * size)) ** 2 for axis, c, r in zip(axes, centre, (8, 4, 5), strict=False))
+        labels.append(np.where(far <= 1, 1 + (axes[0] > centre[0] + 1), 0).astype(np.uint8)[None])
+    return labels
+
+
+def true_means(sums: MaskSums, labels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    poses = [sums.space.pose_vector(label[0]) for label in labels]
+    shapes = [
+        sums.space.shape_vector(label[0], sums.space.pose(pose)) for label, pose in zip(labels, poses, strict=True)
+    ]
+    return np.mean(poses, axis=0), np.mean(shapes, axis=0)
+
+
+def sums_of(study: Study, noise: float, **fixed: float) -> MaskSums:
+    sums = plan_sums(study, ShapeSpace(study.grid, study.masks), noise)
+    return replace(sums, mean=replace(sums.mean, **fixed), spread=replace(sums.spread, **fixed)) if fixed else sums
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_without_noise_they_are_the_patients_means_and_spread(rank: int, covariance: str) -> None:
+    study, labels = study_of(rank, float("inf"), covariance=covariance), one_organ(rank)
+    sums = sums_of(study, 0.0)
+    found = sums.measure(labels, open_entropy("test_only"))
+    pose, shape = true_means(sums, labels)
+    np.testing.assert_allclose(found.pose_mean, pose, atol=1e-5)
+    np.testing.assert_allclose(found.shape_mean, shape, atol=1e-4)
+    poses = np.stack([sums.space.pose_vector(label[0]) for label in labels])
+    np.testing.assert_allclose(found.pose_covariance, np.cov(poses.T, bias=True), atol=1e-5)
+    assert not found.noise.any()
+    deviations = np.stack(
+        [sums.space.shape_vector(label[0], sums.space.pose(p)) - shape for label, p in zip(labels, poses, strict=True)]
+    )
+    if covariance == "diagonal":
+        np.testing.assert_allclose(found.spread, np.mean([sums.space.band_sums(d) for d in deviations], 0), atol=1e-4)
+    else:
+        np.testing.assert_allclose(found.spread @ found.spread.T, np.cov(deviations.T, bias=True), atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_the_second_sum_sharpens_the_mean_of_the_first(rank: int) -> None:
+    """Taken around what was released before, it needs half the clip; its weight on the pose is twice that."""
+    study, labels = study_of(rank), one_organ(rank)
+    sums = sums_of(study, 1.0)
+    assert sums.spread.clip_norm == pytest.approx(0.5 * sums.mean.clip_norm)
+    pose, shape = true_means(sums, labels)
+    without = replace(sums, spread=replace(sums.spread, noise_multiplier=1e6))
+    both, first = ([one.measure(labels, open_entropy("test_only")) for _ in range(12)] for one in (sums, without))
+
+    def error(found: list[MaskStatistics], name: str, true: np.ndarray) -> float:
+        return float(np.mean([np.linalg.norm(getattr(one, name) - true) for one in found]))
+
+    assert error(both, "pose_mean", pose) < 0.5 * error(first, "pose_mean", pose)
+    assert error(both, "shape_mean", shape) < 0.8 * error(first, "shape_mean", shape)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_noise_that_drowns_everything_leaves_what_is_publicly_believed(rank: int) -> None:
+    study, labels = study_of(rank), one_organ(rank)
+    sums = sums_of(study, 10.0)
+    found = sums.measure(labels, open_entropy("test_only"))
+    assert found.noise[0] > 1
+    np.testing.assert_allclose(np.diag(found.pose_covariance)[:rank], 0.06**2)
+    np.testing.assert_allclose(np.diag(found.pose_covariance)[rank:], 0.02)
+    spread = found.spread.reshape(2, -1)
+    assert np.all(np.diff(spread, axis=1) <= 1e-9) and np.all(spread >= 0)
+
+
+def test_noise_is_told_from_signal_by_what_was_released() -> None:
+    """The share that the doctor reads is the error that the mean really has."""
+    study, labels = study_of(2), one_organ(2)
+    sums = sums_of(study, 0.5)
+    pose, _ = true_means(sums, labels)
+    found = [sums.measure(labels, entropy) for entropy in [open_entropy("test_only")] for _ in range(40)]
+    error = np.sqrt(np.mean([np.square(one.pose_mean - pose).sum() for one in found]))
+    told = np.mean([one.noise[0] * np.sqrt(np.trace(one.pose_covariance)) for one in found])
+    assert told == pytest.approx(error, rel=0.3)
+    quiet = sums_of(study, 0.005).measure(labels, open_entropy("test_only"))
+    assert np.all(quiet.noise[:2] < 0.1 * np.mean([one.noise[:2] for one in found], axis=0))
+
+
+def test_a_noisy_count_is_believed_no_further_than_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is divided by it: at low epsilon a count that is all noise would scale every mean."""
+    study, labels = study_of(2), one_organ(2)
+    release = GaussianSum.release
+
+    def with_a_wrong_count(self: GaussianSum, units: object, entropy: Entropy) -> np.ndarray:
+        found = release(self, units, entropy)  # type: ignore[arg-type]
+        found[0] *= 1.8
+        return found
+
+    sums = sums_of(study, 1e-6)
+    pose, _ = true_means(sums, labels)
+    right = np.linalg.norm(pose - sums.pose)
+    for noise, believed in ((1e-6, True), (3.0, False)):
+        draws = []
+        for patch in (False, True):
+            with monkeypatch.context() as here:
+                if patch:
+                    here.setattr(GaussianSum, "release", with_a_wrong_count)
+                one = replace(
+                    sums,
+                    mean=replace(sums.mean, noise_multiplier=noise),
+                    spread=replace(sums.spread, noise_multiplier=noise),
+                )
+                draws.append(one.measure(labels, open_entropy("test_only")).pose_mean)
+        moved = np.linalg.norm(draws[0] - draws[1]) / right
+        assert (moved > 0.2) == believed
+
+
+def test_clip_norms_are_public_and_the_configuration_may_set_them() -> None:
+    given = plan_sums(study_of(2, mean_clip_norm=3.0), ShapeSpace(study_of(2).grid, study_of(2).masks), 1.0)
+    assert (given.mean.clip_norm, given.spread.clip_norm) == (3.0, 1.5)
+    study = study_of(2)
+    space = ShapeSpace(study.grid, study.masks)
+    norms = [
+        np.linalg.norm(vector)
+        for vector in plan_sums(study, space, 1.0).first_vectors(
+            [label[None] for label in sample_label_maps(study.grid, 100, 1)]
+        )
+    ]
+    assert 0.6 < np.mean(np.array(norms) <= plan_sums(study, space, 1.0).mean.clip_norm) < 1
