@@ -10,7 +10,7 @@ the rounding of clips and sums, and what is released lies on a public grid (:fun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -212,28 +212,48 @@ class DpSgd:
 
         Args:
             clipped_sum: one tensor a trainable parameter, the WHOLE step's sum (after accumulation and reduction).
+                Handed over: in single precision and on the CPU, the result takes its place, so that no second copy is
+                needed and no sum without noise is left.
             entropy: source of the noise.
         """
         import torch
-        from torch._utils import _unflatten_dense_tensors
 
-        if not clipped_sum:
-            return []
-        # On the CPU, where the entropy is; a cacheful at a time, however the parameters are cut.
-        flat = torch.cat([part.detach().reshape(-1).cpu() for part in clipped_sum])
-        result = flat if flat.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
+        # On the CPU, where the entropy is. One result a parameter: together they would not fit into a used heap.
+        sums = [part.detach().cpu().contiguous() for part in clipped_sum]
+        results = [
+            part if part.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32) for part in sums
+        ]
         scale = self.noise_multiplier * self.clip_norm
         grid = noise_grid(scale) if scale else 1.0
+        buffer = torch.empty(_BLOCK, dtype=torch.float64)
         # In double precision whatever the sum's: the grid is a power of two, so that dividing by it is exact.
-        buffer = torch.empty(min(_BLOCK, result.numel()), dtype=torch.float64)
-        for out, part in zip(result.split(_BLOCK), flat.split(_BLOCK), strict=True):
-            cells = buffer[: out.numel()].copy_(part)
+        for parts, outs in zip(_blocks(sums, _BLOCK), _blocks(results, _BLOCK), strict=True):
+            cells = buffer[: sum(part.numel() for part in parts)]
+            pieces = cells.split([part.numel() for part in parts])
+            torch._foreach_copy_(pieces, parts)
             if scale:
                 entropy.add_normal(cells.mul_(1 / grid), scale * (1 + ROUNDING_SLACK) / grid)
                 cells.round_()
-            out.copy_(cells.mul_(grid / self.denominator))
-        result = result.to(clipped_sum[0].device)
-        return list(_unflatten_dense_tensors(result, clipped_sum))
+            cells.mul_(grid / self.denominator)
+            torch._foreach_copy_(outs, pieces)
+        return [result.to(part.device) for result, part in zip(results, clipped_sum, strict=True)]
+
+
+def _blocks(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Yield the concatenation of tensors in blocks of ``size`` numbers, each as a list of flat pieces (views)."""
+    block: list[Tensor] = []
+    room = size
+    for tensor in tensors:
+        rest = tensor.reshape(-1)
+        while rest.numel() >= room:
+            block.append(rest[:room])
+            yield block
+            rest, block, room = rest[room:], [], size
+        if rest.numel():
+            block.append(rest)
+            room -= rest.numel()
+    if block:
+        yield block
 
 
 def clip_vector(vector: NDArray[np.float64], clip_norm: float) -> NDArray[np.float64]:

@@ -33,7 +33,7 @@ class Engine(Protocol):
         """Take one step on the problem's whole batch."""
 
     def last(self) -> ClippedSum | None:
-        """Return what the last step or :meth:`clip` summed, before the noise; None for the plain step."""
+        """Return what the first step summed, before the noise; None for the plain step."""
 
     def clip(self, batches: Sequence[Batch]) -> ClippedSum:
         """Return the clipped sum of a few patients without a step."""
@@ -82,6 +82,7 @@ class Ours:
     backend_name: str
     noise_seconds: float = 0.0
     _last: ClippedSum | None = None
+    _first: bool = True
 
     def __post_init__(self) -> None:
         self.model = self.problem.copy()
@@ -92,16 +93,17 @@ class Ours:
         self.entropy = open_entropy("os")
 
     def step(self) -> None:
-        self._last = None
         self.optimizer.zero_grad()
         total = self.backend.clipped_sum(self.problem.batches)
+        if self._first:  # the noise takes the place of the sum
+            self._last = ClippedSum([tensor.clone() for tensor in total.tensors], total.norms)
+            self._first = False
         started = time.process_time()
         noisy = self.mechanism.noisy_mean(total.tensors, self.entropy)
         self.noise_seconds = time.process_time() - started
         for parameter, gradient in zip(self.parameters(), noisy, strict=True):
             parameter.grad = gradient.reshape(parameter.shape)
         self.optimizer.step()
-        self._last = total
 
     def last(self) -> ClippedSum | None:
         return self._last

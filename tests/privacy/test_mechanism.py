@@ -120,14 +120,16 @@ def test_pitfall_06_the_denominator_is_the_public_constant() -> None:
         assert QUIET.release([unit] * count, open_entropy("os")) == pytest.approx(count * unit / 10.0)
     ones, quiet = [torch.ones(3)], DpSgd("d", 0.25, 5, 0.0, 1.0, 64.0)
     assert torch.equal(quiet.noisy_mean(ones, open_entropy("os"))[0], torch.full((3,), 1 / 64))
-    assert torch.equal(ones[0], torch.ones(3))  # what was handed in stays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_lies_across_parameters_of_any_size(dtype: torch.dtype) -> None:
     sizes = (1, 2**15 - 2, 3, 2**16 + 1)
     sums = [torch.full((size,), float(number), dtype=dtype) for number, size in enumerate(sizes)]
-    found = DpSgd("d", 0.25, 5, 0.5, 1.0, 2.0).noisy_mean(sums, open_entropy("test_only", 3))
+    handed_over = [total.clone() for total in sums]
+    found = DpSgd("d", 0.25, 5, 0.5, 1.0, 2.0).noisy_mean(handed_over, open_entropy("test_only", 3))
+    if dtype == torch.float32:  # no sum without noise is left
+        assert all(torch.equal(total, part) for total, part in zip(handed_over, found, strict=True))
     assert [part.shape for part in found] == [total.shape for total in sums]
     noise = torch.cat([2 * part - total for part, total in zip(found, sums, strict=True)])
     assert stats.kstest(noise.numpy(), stats.norm(0, 0.5).cdf).pvalue > 1e-4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medsynth.errors import PrivacyError
-from medsynth.privacy.engine.choice import Chooser, discarded_squares, squared_lengths
+from medsynth.privacy.engine.choice import Chooser, discarded_squares, kept_pieces, squared_lengths, weighted_sum
 from medsynth.privacy.engine.layers import trained_layers
 from medsynth.privacy.engine.part import Backward, Layer, Part
 from medsynth.privacy.engine.tape import Call, recording, refuse_functional_use
@@ -138,7 +138,7 @@ class _Books:
         self._left = left
         self._squares: list[Tensor] = []
         self._samples: dict[nn.Parameter, Tensor] = {}
-        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        self._kept: list[tuple[nn.Parameter, list[Tensor]]] = []
         self._held: list[tuple[nn.Parameter, Part, str]] = []
         self._repeated: dict[nn.Parameter, list[Part]] = {}
 
@@ -166,9 +166,9 @@ class _Books:
         rule, taken = self._chooser.choose(part, self._left)
         self._left -= taken
         if rule.kind == "keep":
-            samples = part.samples(0, part.units, rule.method)
-            self._squares.append(squared_lengths(samples))
-            self._kept.append((parameter, samples.flatten(1)))
+            squares, kept = kept_pieces(part, rule.method)
+            self._squares.append(squares)
+            self._kept.append((parameter, kept))
             return
         self._squares.append(
             part.squares(rule.method) if rule.kind == "gram" else discarded_squares([part], rule.method)
@@ -204,7 +204,7 @@ class _Books:
             sums.update(zip(self._samples, pieces, strict=True))
         while self._kept:
             parameter, rows = self._kept.pop()
-            sums[parameter] = factors.to(rows.dtype) @ self._clean(rows, clean)
+            sums[parameter] = weighted_sum(factors.to(rows[0].dtype), rows if clean else self._clean_pieces(rows))
         while self._held:
             parameter, part, way = self._held.pop()
             found = part.contract(factors, tuple(self._clean(tensor, clean) for tensor in part.held), way)
@@ -213,6 +213,10 @@ class _Books:
             sums[p].view(p.shape) if p in sums else torch.zeros_like(p, dtype=norms.dtype, requires_grad=False)
             for p in parameters
         ]
+
+    def _clean_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        parts = self._finite.split([piece.shape[0] for piece in pieces])
+        return [piece.where(finite.unsqueeze(1), 0.0) for piece, finite in zip(pieces, parts, strict=True)]
 
     def _clean(self, tensor: Tensor, clean: bool) -> Tensor:
         """Return ``tensor`` with the rows of units that are not finite put to zero: zero times NaN is NaN."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from medsynth.privacy.engine.part import Part
 
-# Bytes of instantiated gradients that *discard* works on at a time.
-_CHUNK = 2**23
+# Bytes of gradients that are instantiated at a time, but at least of so many units: they stay in a core's cache, and
+# when they are kept they fit into what the backward pass lets go, so that the heap does not grow.
+_PIECE = 5 * 2**18
+_FEWEST = 2
 _REPEATS = 5
 
 
@@ -76,13 +78,41 @@ class Chooser:
         return {rule: cost for rule, cost in seconds.items() if rule.kind == self.forced} or seconds
 
 
+def pieces(part: Part) -> Iterator[tuple[int, int]]:
+    """Yield the first and last unit of what is instantiated at a time."""
+    step = max(_FEWEST, 2 ** int(math.log2(max(1, _PIECE / (4 * part.shape.numel())))))
+    for first in range(0, part.units, step):
+        yield first, min(part.units, first + step)
+
+
+def kept_pieces(part: Part, method: str) -> tuple[Tensor, list[Tensor]]:
+    """Return ``|G_i|^2`` and the ``G_i``, (units of a piece, size) each."""
+    found, squares = [], []
+    for first, last in pieces(part):
+        samples = part.samples(first, last, method)
+        squares.append(squared_lengths(samples))
+        found.append(samples.flatten(1))
+    return torch.cat(squares), found
+
+
+def weighted_sum(factors: Tensor, kept: list[Tensor]) -> Tensor:
+    """Return ``sum_i factors_i G_i``; ``kept`` is emptied, so that each piece is let go once it is added."""
+    kept.reverse()
+    first = kept.pop()
+    total = factors[: first.shape[0]] @ first
+    done = first.shape[0]
+    del first
+    while kept:
+        piece = kept.pop()
+        total.addmv_(piece.T, factors[done : done + piece.shape[0]])
+        done += piece.shape[0]
+    return total
+
+
 def discarded_squares(parts: list[Part], method: str | None = None) -> Tensor:
     """Return ``|G_i|^2`` of the sum of ``parts`` (calls of one parameter), instantiated a few units at a time."""
-    units, size = parts[0].units, parts[0].shape.numel() * 4
-    step = max(1, _CHUNK // size)
     found = []
-    for first in range(0, units, step):
-        last = min(units, first + step)
+    for first, last in pieces(parts[0]):
         total = parts[0].samples(first, last, method or parts[0].methods()[0])
         for part in parts[1:]:
             total = total + part.samples(first, last, method or part.methods()[0])
@@ -107,12 +137,7 @@ def _discard(part: Part, method: str) -> Tensor:
 
 
 def _keep(part: Part, method: str, factors: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        samples = part.samples(0, part.units, method)
-        squared_lengths(samples)
-        return factors @ samples.flatten(1)
-
-    return run
+    return lambda: weighted_sum(factors, kept_pieces(part, method)[1])
 
 
 def _call(function: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:

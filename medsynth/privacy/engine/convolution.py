@@ -24,11 +24,8 @@ from medsynth.privacy.engine.part import (
     sum_rows,
 )
 
-# Floats of one Gram matrix or one instantiated block that are worked on at a time: they stay in a core's cache.
+# Floats of Gram matrices that are worked on at a time: they stay in a core's cache.
 _BLOCK = 2**18
-# Bytes of instantiated gradients that one grouped convolution makes at a time, but at least of so many units.
-_CACHED = 5 * 2**19
-_FEWEST = 8
 # Squared number of positions up to which the box sum is one product with a constant matrix.
 _DENSE = 256
 # Voxels of a map up to which unfolded patches are worth a try for the contraction.
@@ -178,22 +175,7 @@ class ConvolutionWeight:
         return inner_product(left.contiguous().view(units, -1), right.reshape(units, -1))
 
     def _by_groups(self, x: Tensor, g: Tensor, units: int) -> Tensor:
-        """Return ``G_i`` as the weight gradient of one convolution whose groups are the units.
-
-        In blocks of units: what one convolution makes then stays in or near a core's cache, its copies too.
-        """
-        step = max(_FEWEST, _CACHED // (4 * self.shape.numel()))
-        if units <= step:
-            return self._one_by_groups(x, g, units)
-        rows = x.shape[0] // units
-        result = x.new_empty(units, *self.shape)
-        for first in range(0, units, step):
-            part = slice(first * rows, (first + step) * rows)
-            found = result[first : first + step]
-            found.copy_(self._one_by_groups(x[part], g[part], found.shape[0]))
-        return result
-
-    def _one_by_groups(self, x: Tensor, g: Tensor, units: int) -> Tensor:
+        """Return ``G_i`` as the weight gradient of one convolution whose groups are the units."""
         x, g = (_units_as_channels(t, units) for t in (x, g))
         # Only its shape counts, but it must be contiguous: an expanded one would be copied.
         weight = x.new_empty(units * self.shape[0], *self.shape[1:])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medsynth.errors import PrivacyError
+from medsynth.privacy.engine import choice
 from medsynth.privacy.engine.bookkeeping import KEEP_BYTES, BookkeepingBackend
 from medsynth.privacy.engine.choice import Chooser
 from medsynth.privacy.engine.convolution import ConvolutionWeight, Geometry
@@ -203,11 +204,23 @@ def test_memory_layout_does_not_matter(assert_exact: Any, layout: str, kind: str
     assert_exact(model, batches, kind=kind)
 
 
+@pytest.mark.parametrize("kind", ["keep", "discard"])
+@pytest.mark.parametrize("units", [1, 2, 5])
+def test_gradients_instantiated_in_pieces_give_the_same(
+    assert_exact: Any, kind: str, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_PIECE", 1)  # two units at a time
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Flatten(2), nn.Linear(16, 3))
+    assert_exact(model, patients((3, 4, 4), [2] * units), kind=kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_patient_that_is_not_finite_adds_nothing_and_spares_the_others(
-    kind: str | None, poison: float, length: Any
+    kind: str | None, poison: float, length: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(choice, "_PIECE", 1)
     torch.manual_seed(6)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Flatten(2), nn.Linear(16, 3))
     good, bad, other = patients((3, 4, 4), [2, 2, 2])
