@@ -71,8 +71,7 @@ class BookkeepingBackend:
 
     def clipped_sum(self, batches: Sequence[Batch]) -> ClippedSum:
         """Return the clipped sum over patients, one batch each; an empty list gives zeros."""
-        parameters = trainable(self.model)
-        layers = self._layers()
+        layers, parameters = self._layers()
         norms = [0.0] * len(batches)
         sums: list[Tensor] | None = None
         for indices, rows in _groups(batches, self.max_rows):
@@ -86,14 +85,19 @@ class BookkeepingBackend:
                 norms[index] = norm
         return ClippedSum(zero_sums(parameters) if sums is None else sums, norms)
 
-    def _layers(self) -> list[Layer]:
-        """Return the trained layers, looked up again only when parameters were replaced, frozen or thawed."""
-        state = [
-            (id(p), p.requires_grad) for m in self.model.modules() for p in m._parameters.values() if p is not None
-        ]
+    def _layers(self) -> tuple[list[Layer], list[nn.Parameter]]:
+        """Return the trained layers and parameters, looked up again only when some were replaced, frozen or thawed."""
+        state: list[tuple[int, bool]] = []
+        modules: list[nn.Module | None] = [self.model]
+        seen = set()
+        for module in modules:  # it grows; Module.modules() takes several times as long
+            if module is not None and module not in seen:
+                seen.add(module)
+                state += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
+                modules += module._modules.values()
         if self.found.get("state") != state:
-            self.found.update(state=state, layers=trained_layers(self.model))
-        return cast(list[Layer], self.found["layers"])
+            self.found.update(state=state, layers=trained_layers(self.model), parameters=trainable(self.model))
+        return cast(list[Layer], self.found["layers"]), cast(list[nn.Parameter], self.found["parameters"])
 
     def _together(
         self, group: Sequence[Batch], rows: int, layers: Sequence[Layer], parameters: Sequence[nn.Parameter]

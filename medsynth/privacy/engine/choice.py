@@ -49,17 +49,22 @@ class Chooser:
 
     keep_bytes: int
     forced: str | None = None
-    cache: dict[Any, dict[Rule, float]] = field(default_factory=dict)
+    cache: dict[Any, list[Rule]] = field(default_factory=dict)
 
     def choose(self, part: Part, left: int) -> tuple[Rule, int]:
         """Return the cheapest rule for ``part`` with ``left`` bytes to keep, and the bytes that it takes of them."""
         key = (part.key(), round(math.log2(part.units)), part.held[0].device, torch.get_num_threads(), self.forced)
-        if key not in self.cache:
-            self.cache[key] = self._measure(part)
-        seconds, kept = self.cache[key], _kept_bytes(part)
-        allowed = [rule for rule in seconds if rule.kind != "keep" or kept <= left]
-        rule = min(allowed, key=lambda rule: seconds[rule])
-        return rule, kept if rule.kind == "keep" else 0
+        rules = self.cache.get(key)
+        if rules is None:
+            seconds = self._measure(part)
+            rules = self.cache[key] = sorted(seconds, key=lambda rule: seconds[rule])
+        for rule in rules:
+            if rule.kind != "keep":
+                break
+            kept = _kept_bytes(part)
+            if kept <= left:
+                return rule, kept
+        return rule, 0
 
     def _measure(self, part: Part) -> dict[Rule, float]:
         """Return the seconds that every rule takes."""

@@ -51,6 +51,16 @@ class Geometry:
         """Return the arguments after the tensors, with other groups if given."""
         return (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, groups or self.groups)
 
+    def pointwise(self, shape: torch.Size) -> bool:
+        """Whether a weight of this shape sees one voxel at a time."""
+        ones = all(size == 1 for size in (*shape[2:], *self.stride))
+        return ones and not any(self.padding) and not any(self.output_padding)
+
+    def product(self, weight: Tensor, value: Tensor) -> bool:
+        """Whether to run it as a batched product, which takes half the time of a pointwise convolution on the CPU."""
+        plain = self.groups == 1 and not self.transposed and value.device.type == "cpu" and value.is_contiguous()
+        return plain and self.pointwise(weight.shape)
+
 
 @dataclass(frozen=True)
 class ConvolutionWeight:
@@ -150,9 +160,7 @@ class ConvolutionWeight:
         return self.grad if self.geometry.transposed else self.value
 
     def _pointwise(self) -> bool:
-        geometry = self.geometry
-        ones = all(size == 1 for size in (*self.shape[2:], *geometry.stride))
-        return ones and not any(geometry.padding) and not any(geometry.output_padding)
+        return self.geometry.pointwise(self.shape)
 
     def _roles(self) -> tuple[Tensor, Tensor, tuple[Axis, ...]]:
         """Return the tensor whose patches enter, the one at whose positions they are centred, and the axes."""
@@ -257,7 +265,17 @@ class ConvolutionFamily:
     def run(self, layer: Layer, value: Tensor, extra: Geometry) -> tuple[Tensor, Saved]:
         """Return the convolution."""
         value, weight, bias = cast_parameters(layer, value)
-        return torch.convolution(value, weight, bias, *extra.arguments()), (value,)  # type: ignore[arg-type]  # it has a weight
+        assert weight is not None
+        if extra.product(weight, value):
+            # Written into a tensor that is no view: a model may change it in place.
+            output = value.new_empty(value.shape[0], weight.shape[0], *value.shape[2:])
+            each, columns = weight.detach().flatten(1).expand(value.shape[0], -1, -1), value.flatten(2)
+            if bias is None:
+                torch.bmm(each, columns, out=output.flatten(2))
+            else:
+                torch.baddbmm(bias.detach().unsqueeze(1), each, columns, out=output.flatten(2))
+            return output, (value,)
+        return torch.convolution(value, weight, bias, *extra.arguments()), (value,)
 
     def back(self, layer: Layer, saved: Saved, grad: Tensor, extra: Geometry, units: int, wanted: bool) -> Backward:
         """Return the input's gradient, the bias ``sum_o g_i[o]`` and the weight."""
@@ -275,8 +293,11 @@ class ConvolutionFamily:
         result = None
         if wanted:
             weight = layer.weight.detach().to(grad.dtype)
-            mask = (True, False, False)
-            result = torch.ops.aten.convolution_backward(grad, value, weight, None, *extra.arguments(), mask)[0]
+            if extra.product(weight, grad):
+                result = torch.matmul(weight.flatten(1).T, grad.flatten(2)).view(value.shape)
+            else:
+                mask = (True, False, False)
+                result = torch.ops.aten.convolution_backward(grad, value, weight, None, *extra.arguments(), mask)[0]
         return Backward(result, small, parts)
 
 

@@ -130,7 +130,8 @@ def by_unit(value: Tensor, units: int) -> Tensor:
 def scale_rows(value: Tensor, factors: Tensor) -> Tensor:
     """Return ``value`` with the rows of unit i multiplied by ``factors_i``."""
     rows = value.shape[0] // factors.shape[0]
-    return value * factors.to(value.dtype).repeat_interleave(rows).view(-1, *(1,) * (value.ndim - 1))
+    each = factors.to(value.dtype)
+    return value * (each if rows == 1 else each.repeat_interleave(rows)).view(-1, *(1,) * (value.ndim - 1))
 
 
 def sum_rows(value: Tensor, units: int) -> Tensor:
