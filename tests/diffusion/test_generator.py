@@ -15,7 +15,7 @@ from medsynth.diffusion.generator import APPEARANCE, Dresser, Generator, build_g
 from medsynth.errors import StoreError
 from medsynth.imaging.phantom import phantom_pairs
 from medsynth.models.adapters import add_adapters
-from medsynth.models.appearance import AppearanceSpace
+from medsynth.models.drafting import open_drafting
 from medsynth.models.autoencoder import build_codec, save_codec
 
 HOW = Synthesise(scheduler="ddim", steps=3, batch_size=2)
@@ -94,7 +94,7 @@ def test_fitting_learns_the_images_that_belong_to_the_masks(tiny_study: Study) -
 
 
 def dressed(study: Study, built: Generator) -> tuple[Generator, Dresser]:
-    space = AppearanceSpace(study.grid, study.train.appearance, list(labels(study).numpy()))
+    space = open_drafting(study.grid, study.train.appearance, list(labels(study).numpy()))
     mean = np.random.default_rng(0).normal(0, 0.1, space.size)
     dresser = Dresser(space, space.statistics(mean, 0.01))
     return replace(built, dresser=dresser), dresser
@@ -112,7 +112,10 @@ def test_the_pairs_may_be_the_drafts_or_begin_from_them(tiny_study: Study) -> No
     assert errors[0] < errors[1] < errors[2]
 
 
-def test_drafts_survive_the_disk(tiny_study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize("factors", [0, 3])
+def test_drafts_survive_the_disk(tiny_study: Study, tmp_path: Path, factors: int) -> None:
+    appearance = tiny_study.train.appearance.model_copy(update={"factors": factors})
+    tiny_study = tiny_study.model_copy(update={"train": tiny_study.train.model_copy(update={"appearance": appearance})})
     built, dresser = dressed(tiny_study, generator(tiny_study))
     save_codec(built.codec, tiny_study.grid, tiny_study.encode, tmp_path)
     save_generator(built, tiny_study.grid, tmp_path)

@@ -67,6 +67,19 @@ def test_drafts_differ_as_patients_do(rank: int, channels: int, noise_sd: float)
     assert 0.15 < np.std(contrast) < 0.45, "patients: 0.3; their mean alone would give none"
 
 
+def test_what_goes_together_in_patients_does_so_in_drafts() -> None:
+    """Bright patients have bright lesions here, dark patients dark ones."""
+    labels, layout, rng = sample_label_maps(grid(), 40, 2), space(), np.random.default_rng(0)
+    lights = 0.3 * rng.standard_normal(len(labels))
+    images = [np.repeat((light * (1 + (label > 0)))[None], 3, 0) for light, label in zip(lights, labels, strict=True)]
+    vectors = [layout.vector(x.astype(np.float32), y) for x, y in zip(images, labels, strict=True)]
+    found, drawn = layout.statistics(np.mean(vectors, axis=0), 0.0), sample_label_maps(grid(), 60, 9)
+    drafted = [layout.render(label, found, rng) for label in drawn]
+    light = [image[:, label == 0].mean() for image, label in zip(drafted, drawn, strict=True)]
+    contrast = [image[:, label > 0].mean() - rest for image, label, rest in zip(drafted, drawn, light, strict=True)]
+    assert np.corrcoef(light, contrast)[0, 1] > 0.6
+
+
 def test_a_draft_follows_its_seed() -> None:
     layout, label = space(), sample_label_maps(grid(), 1, 9)[0]
     found = layout.statistics(released(), 0.0)
