@@ -14,7 +14,7 @@ from medsynth.config import Study
 
 HEAD = """# Configuration
 
-*Written by `make docs` from `medsynth/config.py`; do not edit.*
+*Written by `make docs` from `medsynth/sections.py`; do not edit.*
 
 A study is one YAML file. Unknown keys are refused with their path. `medsynth config show CONFIG` prints a study with
 all defaults filled in, and `--set privacy.epsilon=3` replaces one value of the file.
