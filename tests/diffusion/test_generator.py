@@ -15,8 +15,8 @@ from medsynth.diffusion.generator import APPEARANCE, Dresser, Generator, build_g
 from medsynth.errors import StoreError
 from medsynth.imaging.phantom import phantom_pairs
 from medsynth.models.adapters import add_adapters
-from medsynth.models.drafting import open_drafting
 from medsynth.models.autoencoder import build_codec, save_codec
+from medsynth.models.drafting import open_drafting
 
 HOW = Synthesise(scheduler="ddim", steps=3, batch_size=2)
 

@@ -77,7 +77,7 @@ def test_what_goes_together_in_patients_does_so_in_drafts() -> None:
     drafted = [layout.render(label, found, rng) for label in drawn]
     light = [image[:, label == 0].mean() for image, label in zip(drafted, drawn, strict=True)]
     contrast = [image[:, label > 0].mean() - rest for image, label, rest in zip(drafted, drawn, light, strict=True)]
-    assert np.corrcoef(light, contrast)[0, 1] > 0.6
+    assert np.corrcoef(light, contrast)[0, 1] > 0.4
 
 
 def test_a_draft_follows_its_seed() -> None:
