@@ -36,7 +36,7 @@ def relevant(study: Study, findings: Sequence[Finding]) -> list[Finding]:
 def unused_training(evidence: Evidence) -> list[Finding]:
     """Private steps of a denoiser that makes no pair."""
     study, moved = evidence.study, evidence.trainable or 0
-    if not (made_of_drafts(study) and study.privacy.private):
+    if not (made_of_drafts(study) and study.privacy.private and study.train.steps):
         return []
     return beyond(
         Finding(

@@ -23,6 +23,7 @@ from medsynth.errors import StoreError
 from medsynth.privacy.accounting import Event
 from medsynth.release.audits import SCORES
 from medsynth.stages.inputs import HISTORY
+from medsynth.stages.masks import STATISTICS
 from medsynth.store import digest_tree
 from medsynth.study import RESOURCES, STUDY
 
@@ -79,6 +80,19 @@ def used(verb: str, **values: float) -> Spoil:
     return lambda run: edit(run / RESOURCES, lambda kept: kept[verb].update(values))
 
 
+def noisy_masks(at: int) -> Spoil:
+    """Return what drowns place, mean shape or variety of the label maps (0, 1, 2) in noise."""
+
+    def spoil(run: Path) -> None:
+        path = run / "masks" / STATISTICS
+        with np.load(path) as arrays:
+            kept = dict(arrays)
+        kept["noise"][at] = 0.9
+        np.savez(path, **kept)
+
+    return spoil
+
+
 NO_PAIRS: dict[str, Any] = {"touching": {}, "apart": {}, "nested": {}}
 SPOILT: list[tuple[str, Spoil]] = [
     ("audits", lambda run: write_audits(run / "audit", audit("fail"))),
@@ -100,9 +114,9 @@ SPOILT: list[tuple[str, Spoil]] = [
     ("alike", reported("fidelity", "ssim_within_synthetic", value=0.9)),
     ("implausible-label-maps", reported("label_maps", "plausible", "synthetic", value=0.0)),
     ("lost-relations", reported("label_maps", "relations", value={**NO_PAIRS, "nested": {"a": 0.5}, "worst": 0.5})),
-    ("noise-pose", reserved(mean_of("mask_means", 4.0, patients=10))),
-    ("noise-shape", reserved(mean_of("mask_means", 4.0, patients=30))),
-    ("noise-spread", reserved(mean_of("mask_spread", 4.0, patients=10))),
+    ("noise-pose", noisy_masks(0)),
+    ("noise-shape", noisy_masks(1)),
+    ("noise-spread", noisy_masks(2)),
     ("noise-appearance", reserved(mean_of("appearance", 4.0, patients=60))),
     ("noise-training", reserved(steps(2.0, patients=30))),
     ("few-patients", reserved(mean_of("appearance", 4.0, patients=60))),
@@ -237,7 +251,9 @@ def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(health
 def test_private_steps_of_a_denoiser_that_makes_no_pair_are_named(healthy: Path) -> None:
     changed(healthy, synthesise={"start": 0})
     assert rules(healthy) == ["unused-training"]
-    changed(healthy, synthesise={"start": 0.5})
+    changed(healthy, train={"steps": 0, "pretrain_steps": 0})
+    assert rules(healthy) == []
+    changed(healthy, train={"steps": 3, "pretrain_steps": 2}, synthesise={"start": 0.5})
     assert rules(healthy) == []
 
 
