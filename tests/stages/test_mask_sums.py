@@ -21,7 +21,9 @@ def study_of(rank: int, epsilon: float = 8, **masks: object) -> Study:
     grid = Grid(spatial_dims=2 if rank == 2 else 3, shape=(24,) * rank, labels={0: "none", 1: "head", 2: "tail"})
     privacy = Privacy(epsilon=epsilon, delta=1e-3, declared_patients=30)
     train = Train(appearance=Appearance(coefficients=(5,) * rank))
-    return Study(name="sums-nonprivate", grid=grid, privacy=privacy, masks=Masks(coefficients=(5,) * rank, **masks), train=train)
+    return Study(
+        name="sums-nonprivate", grid=grid, privacy=privacy, masks=Masks(coefficients=(5,) * rank, **masks), train=train
+    )
 
 
 def one_organ(rank: int, seed: int = 0) -> list[np.ndarray]:
