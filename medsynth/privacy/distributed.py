@@ -2,8 +2,8 @@
 
 Rank 0 alone has the coins, the noise and the optimizer; the others get the drawn indices from it, hand in the clipped
 sum of their share and take over the parameters that it moved. So no seed is shared, nothing is drawn twice, and all
-ranks hold bit for bit the same weights (pitfall 22). Sums are reduced in float64 before the noise, whatever backend
-made them; the process group is opened with gloo, on CPU tensors.
+ranks hold bit for bit the same weights (pitfall 22). Sums are reduced before the noise, in float64 unless every rank's
+is single-precision products; the process group is opened with gloo, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -93,9 +93,13 @@ class Ranks:
         """
         if self.size == 1:
             return found
-        flat = torch.cat([part.detach().reshape(-1).to("cpu", torch.float64) for part in found.tensors])
+        # All ranks must take the same type; an empty share (0) does as the others do: its zeros are exact in both.
+        needed = torch.tensor((1 + any(p.dtype == torch.float64 for p in found.tensors)) if found.norms else 0)
         gathered: list[list[float]] = [[] for _ in range(self.size)]
         with self._together():
+            dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+            dtype = torch.float32 if needed == 1 else torch.float64
+            flat = torch.cat([part.detach().reshape(-1).to("cpu", dtype) for part in found.tensors])
             dist.reduce(flat, dst=0)
             dist.gather_object(found.norms, gathered if self.first else None, dst=0)
         if not self.first:

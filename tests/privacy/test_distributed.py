@@ -51,13 +51,13 @@ def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
     model = _model(seed=rank)  # different weights, until rank 0's are taken
     ranks.take_weights(model)
     backend = open_backend(name, model, _loss, CLIP)
-    found: dict[str, Any] = {"weights": [parameter.detach().clone() for parameter in model.parameters()]}
+    found: dict[str, Any] = {"name": name, "weights": [parameter.detach().clone() for parameter in model.parameters()]}
     for count in (PATIENTS, 1, 0):  # the second leaves rank 1 without patients, the third both
         part = backend.clipped_sum(ranks.share(_patients(count)))
         whole = ranks.reduce_clipped_sum(part)
         found[f"sum{count}"], found[f"norms{count}"] = whole.tensors, whole.norms
         if entropy is not None:
-            found[f"noisy{count}"] = _plan(1.0).noisy_mean(whole.tensors, entropy)
+            found[f"noisy{count}"] = _plan(1.0).noisy_mean([t.clone() for t in whole.tensors], entropy)
     told = {"step": 3, "drawn": [1, 2]}
     ranks.call(told) if ranks.first else None
     found["told"] = told if ranks.first else ranks.await_call()
@@ -87,9 +87,16 @@ def test_two_ranks_give_the_sum_and_norms_of_one_to_rank_0_alone(both: list[dict
     assert len(alone.norms) == count
     first, second = both
     for got, want in zip(first[f"sum{count}"], alone.tensors, strict=True):
-        torch.testing.assert_close(got, want, rtol=3e-6, atol=1e-7)  # the engine clips 1.5e-6 below
+        torch.testing.assert_close(got.double(), want, rtol=3e-6, atol=1e-7)  # the engine clips 1.5e-6 below
     assert first[f"norms{count}"] == pytest.approx(alone.norms, rel=1e-5)
     assert second[f"sum{count}"] == [] and second[f"norms{count}"] == []
+
+
+def test_sums_are_exchanged_in_the_precision_that_they_have(both: list[dict[str, Any]]) -> None:
+    kinds = {count: {tensor.dtype for tensor in both[0][f"sum{count}"]} for count in (PATIENTS, 1, 0)}
+    # Patients of several lengths take several products; one patient and an empty share take one.
+    one = torch.float32 if both[0]["name"] == "bookkeeping" else torch.float64
+    assert kinds == {PATIENTS: {torch.float64}, 1: {one}, 0: {torch.float64}}
 
 
 @pytest.mark.parametrize("count", [PATIENTS, 0])
@@ -105,6 +112,7 @@ def test_pitfall_22_ranks_hand_in_their_sums_without_noise(monkeypatch: pytest.M
     sent: list[Tensor] = []
     monkeypatch.setattr(torch.distributed, "reduce", lambda tensor, dst: sent.append(tensor.clone()))
     monkeypatch.setattr(torch.distributed, "gather_object", lambda part, gathered, dst: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
     part = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(3))
     for rank in (0, 1):
         Ranks(rank, 2).reduce_clipped_sum(part)
@@ -123,7 +131,7 @@ def test_a_rank_that_is_gone_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch
     def closed(*_: Any, **__: Any) -> None:
         raise RuntimeError("[../third_party/gloo] Connection closed by peer [10.0.0.1]:4711")
 
-    for name in ("reduce", "broadcast", "broadcast_object_list"):
+    for name in ("all_reduce", "reduce", "broadcast", "broadcast_object_list"):
         monkeypatch.setattr(torch.distributed, name, closed)
     part = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(2))
     for act in (lambda: Ranks(0, 2).reduce_clipped_sum(part), lambda: Ranks(0, 2).take(part.tensors)):
