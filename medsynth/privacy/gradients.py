@@ -1,7 +1,7 @@
 """Per-patient clipped gradient sums: what a backend promises, and the door to the backends.
 
 One patient is one clip unit: the mean gradient over all of its rows (records x noise draws) is clipped once. Sums are
-kept in double precision, but for what one matrix product adds up in single precision.
+kept in double precision, but for what the matrix products of one backward pass add up in single precision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ClippedSum:
 
     Attributes:
         tensors: one a trainable parameter, in the order of ``model.parameters()``; float64, or float32 from a
-            single product over all patients.
+            single backward pass over all patients. Nothing else holds them: the noise may take their place.
         norms: L2 norm of each patient's gradient before the clip; 0 for a patient that was not finite. Private.
     """
 

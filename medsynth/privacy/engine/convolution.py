@@ -294,7 +294,9 @@ class ConvolutionFamily:
         if wanted:
             weight = layer.weight.detach().to(grad.dtype)
             if extra.product(weight, grad):
-                result = torch.matmul(weight.flatten(1).T, grad.flatten(2)).view(value.shape)
+                # Not matmul: it would fold the batch, and hand on a copy with its channels last.
+                each = weight.flatten(1).T.expand(grad.shape[0], -1, -1)
+                result = torch.bmm(each, grad.flatten(2)).view(value.shape)
             else:
                 mask = (True, False, False)
                 result = torch.ops.aten.convolution_backward(grad, value, weight, None, *extra.arguments(), mask)[0]
