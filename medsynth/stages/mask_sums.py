@@ -153,14 +153,21 @@ class MaskSums:
             root = covariance_root(matrix, min(_FULL_RANK, space.shape_size))
             return MaskStatistics(self.pose + pose, covariance, self.shape + shape, root)
         spread = self._variances(spread, spread_sd)
-        noise = np.array(
+        noises = (_joint_sd(*pose_sds), np.sqrt(kept) * shape_sd, spread_sd)
+        return MaskStatistics(
+            self.pose + pose, covariance, self.shape + shape, spread, self._noise(covariance, spread, noises)
+        )
+
+    def _noise(self, covariance: Array, spread: Array, sds: tuple[Array, Array, float]) -> Array:
+        """Return :attr:`MaskStatistics.noise`; ``sds`` of an entry of the pose, of each band's shape, of a variance."""
+        sizes = self.space.band_sizes
+        return np.array(
             [
-                _joint_sd(*pose_sds) * np.sqrt(space.pose_size) / max(np.sqrt(np.trace(covariance)), 1e-9),
-                np.sqrt((shape_sd**2 * kept * space.band_sizes).sum() / max((spread * space.band_sizes).sum(), 1e-9)),
-                spread_sd * np.sqrt(space.band_count) / max(np.linalg.norm(spread), 1e-9),
+                sds[0] * np.sqrt(self.space.pose_size) / max(np.sqrt(np.trace(covariance)), 1e-9),
+                np.sqrt((sds[1] ** 2 * sizes).sum() / max((spread * sizes).sum(), 1e-9)),
+                sds[2] * np.sqrt(self.space.band_count) / max(np.linalg.norm(spread), 1e-9),
             ]
         )
-        return MaskStatistics(self.pose + pose, covariance, self.shape + shape, spread, noise)
 
     def _pose_covariance(self, square: Array, sd: float) -> Array:
         """Pull places, stretches and what links them to a public belief, each block by the share of noise in it."""
