@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,8 +120,7 @@ class AppearanceSpace:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
         series = self.features.combine(weights, label).reshape(self.levels, -1).astype(np.float32)
         density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** _SHARPENING
-        cells = np.cumsum(density[:, 1:] + density[:, :-1], axis=1)
-        return np.pad(cells / cells[:, -1:], ((0, 0), (1, 0)))
+        return cumulative(density)
 
     def _smooth_field(self, rng: np.random.Generator) -> Array:
         """Return a field of unit variance: tissues that go on for a while, elsewhere in each image."""
@@ -134,6 +134,12 @@ def waves(values: NDArray[np.floating], levels: int) -> Array:
     """Return cosines (level, \\*values) of grey values in [-1, 1], of unit mean square over that range."""
     orders = np.arange(1, levels + 1).reshape(-1, *(1,) * values.ndim)
     return np.asarray(np.sqrt(2.0) * np.cos(np.pi / 2 * orders * (values + 1)))
+
+
+def cumulative(density: NDArray[Any]) -> NDArray[Any]:
+    """Return the distribution (voxel, edge) of densities (voxel, edge), linear between edges."""
+    cells = np.cumsum(density[:, 1:] + density[:, :-1], axis=1)
+    return np.pad(cells / cells[:, -1:], ((0, 0), (1, 0)))
 
 
 def quantile(distribution: Singles, rank: Singles) -> Singles:

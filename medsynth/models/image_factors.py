@@ -24,9 +24,10 @@ from scipy import fft, ndimage
 from scipy.special import ndtr
 
 from medsynth.config import Appearance, Grid
-from medsynth.models.appearance import quantile, waves
-from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance
+from medsynth.models.appearance import cumulative, quantile, waves
+from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance, whitening
 from medsynth.models.pose import Array
+from medsynth.models.shrinkage import signal_share
 
 _KNOTS = (-16.0, -8.0, -4.0, -1.5, 1.5, 4.0, 8.0, 16.0)  # voxels from the foreground, inside negative
 _COLOUR_SHARE = 0.5  # of the coefficients an axis, for what is no brightness: colours change slowly over an image
@@ -108,8 +109,8 @@ class FactorSpace:
     @property
     def size(self) -> int:
         """Length of a patient's vector."""
-        moments = self.grid.channels * self.levels * self._rest_features
-        return 1 + self.coefficients + int(np.prod(self._cells)) + moments + _triangle(self.coefficients)[0].size
+        fixed = 1 + self.coefficients + int(np.prod(self._cells))
+        return fixed + self._moments_size + _triangle(self.coefficients)[0].size
 
     def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
         """Return the statistics of one image, zeros for one without foreground or all dark.
@@ -220,7 +221,7 @@ class FactorSpace:
             smooth = np.mean([a @ a.T / a.shape[1] for a, _ in pairs], axis=0)
             rest = np.mean([b @ b.T / b.shape[1] for _, b in pairs], axis=0)
         slow = smooth[np.ix_(self._slow, self._slow)]
-        return _whitening(smooth, _RIDGE), _whitening(slow, _RIDGE), _whitening(rest, _REST_RIDGE)
+        return whitening(smooth, _RIDGE), whitening(slow, _RIDGE), whitening(rest, _REST_RIDGE)
 
     def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> list[tuple[int, Array]]:
         """Return for each opposing colour its row and whitened features."""
@@ -264,8 +265,7 @@ class FactorSpace:
         planes = []
         for lines in series:
             values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
-            cells = np.cumsum(values[:, 1:] + values[:, :-1], axis=1)
-            planes.append(quantile(np.pad(cells / cells[:, -1:], ((0, 0), (1, 0))).astype(np.float32), rank))
+            planes.append(quantile(cumulative(values).astype(np.float32), rank))
         return np.stack(planes).astype(float)
 
 
@@ -275,11 +275,6 @@ def _grid_waves(grid: Grid, counts: Sequence[int]) -> tuple[Singles, Array]:
     lines = [(2 * np.arange(size) + 1) / size - 1 for size in grid.shape]
     places = np.stack(np.meshgrid(*lines, indexing="ij")).reshape(grid.spatial_dims, -1)
     return cosine_products(places.astype(np.float32), chosen), radius
-
-
-def _whitening(gram: Array, ridge: float) -> Array:
-    values, vectors = np.linalg.eigh(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)))
-    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
 
 
 def _triangle(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Array]:
@@ -320,10 +315,10 @@ def _factors(covariance: Array, noise_sd: float, most: int) -> Array:
 def _shrunk_groups(values: Array, groups: NDArray[np.int64], noise_sd: float) -> Array:
     """Shrink each group of values by its share of signal (Wiener 1949)."""
     power = np.bincount(groups, values**2) / np.bincount(groups)
-    return np.asarray(values * (np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12))[groups])
+    return np.asarray(values * signal_share(power, noise_sd)[groups])
 
 
 def _shrunk(moments: Array, noise_sd: float) -> Array:
     """Shrink each row by its share of signal (Wiener 1949)."""
     power = np.square(moments).mean(1, keepdims=True)
-    return np.asarray(moments * np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12))
+    return np.asarray(moments * signal_share(power, noise_sd))

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from medsynth.config import Grid
 from medsynth.models.pose import Array, Pose, PoseFrame
+from medsynth.models.shrinkage import signal_share
 
 Singles = NDArray[np.float32]
 
@@ -117,8 +118,7 @@ class LeastSquares:
     def __init__(self, features: LabelFeatures, maps: Sequence[NDArray[np.uint8]]) -> None:
         self.features = features
         gram = features.gram(maps)
-        values, vectors = np.linalg.eigh(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
-        self._whiten = (vectors / np.sqrt(values)) @ vectors.T
+        self._whiten = whitening(gram, _RIDGE)
 
     def vector(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
         """Return the whitened moments (value, feature), about as long as the (weighted) root mean square."""
@@ -134,9 +134,14 @@ class LeastSquares:
         weights = []
         for vector in vectors:
             power = np.bincount(groups, vector**2) / sizes
-            kept = np.maximum(power - noise_sd**2, 0) / np.maximum(power, 1e-12)
-            weights.append(self._whiten @ (vector * kept[groups]))
+            weights.append(self._whiten @ (vector * signal_share(power, noise_sd)[groups]))
         return np.stack(weights)
+
+
+def whitening(gram: Array, ridge: float) -> Array:
+    """Return the symmetric root of the inverse of a Gram matrix; ``ridge`` of its mean square is added first."""
+    values, vectors = np.linalg.eigh(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
 
 
 def signed_distance(mask: NDArray[np.bool_]) -> Array:

@@ -21,6 +21,7 @@ from medsynth import logs
 from medsynth.config import Grid, Masks, Study
 from medsynth.models.mask_generator import MaskStatistics, ShapeSpace, covariance_root, positive_part
 from medsynth.models.pose import Array
+from medsynth.models.shrinkage import signal_share
 from medsynth.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -84,14 +85,13 @@ class MaskSums:
 
     def first_vectors(self, labels: Sequence[np.ndarray]) -> Iterator[Array]:
         """Yield (count, pose, shape) of each patient: the mean over the patient's records that show anything."""
-        size = 1 + self.space.pose_size + self.space.shape_size
         weights = _band_weights(self.space)[self.space.bands]
         for records in logs.progress(labels, "measuring label maps", len(labels)):
             found = [
                 np.concatenate([[_COUNT_WEIGHT], pose * _POSE_WEIGHT, shape * weights])
                 for pose, shape in self._measured(records)
             ]
-            yield np.mean(found, axis=0) if found else np.zeros(size)
+            yield np.mean(found, axis=0) if found else np.zeros(self.mean.dimensions)
 
     def second_vectors(self, labels: Sequence[np.ndarray], pose_mean: Array, shape_mean: Array) -> Iterator[Array]:
         """Yield (count, pose, shape, pose x pose, shape spread) of each patient around a released mean.
@@ -108,7 +108,7 @@ class MaskSums:
                 square = np.outer(pose, pose).reshape(-1) * _SQUARE_WEIGHT
                 first = [[_LATER_COUNT_WEIGHT], pose * _LATER_POSE_WEIGHT, shape]
                 found.append(np.concatenate([*first, square, self._shape_spread(shape) * _BAND_WEIGHT]))
-            yield np.mean(found, axis=0) if found else np.zeros(_second_size(self.space))
+            yield np.mean(found, axis=0) if found else np.zeros(self.spread.dimensions)
 
     def _measured(self, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
         for pose, shape in _measured(self.space, records):
@@ -125,8 +125,7 @@ class MaskSums:
 
     def _kept(self, shape: Array, noise: Array) -> Array:
         """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` (plane * band,)."""
-        power = self.space.band_sums(shape)
-        return np.maximum(power - noise**2, 0) / np.maximum(power, 1e-12)
+        return signal_share(self.space.band_sums(shape), noise)
 
     def _read(
         self, first: Array, second: Array, around: tuple[Array, Array], sds: tuple[float, float]
