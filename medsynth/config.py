@@ -90,12 +90,6 @@ class Study(Section):
             raise ValueError(f"grid.shape must divide by 2^encode.levels = {factor}")
         if self.encode.codec == "kl" and len(self.encode.channels) != self.encode.levels + 1:
             raise ValueError("encode.channels needs encode.levels + 1 entries")
-        if self.train.attention_levels is not None and len(self.train.attention_levels) != len(self.train.channels):
-            raise ValueError("train.attention_levels needs one entry a level of train.channels")
-        if any(width % self.train.norm_groups for width in self.train.channels):
-            raise ValueError("train.channels must divide by train.norm_groups")
-        if self.train.channels[-1] % self.train.head_channels:
-            raise ValueError("the last of train.channels must divide by train.head_channels (attention is there)")
         if self.train.appearance.enabled and not self.train.pretrain_steps and self.synthesise.start == 1:
             raise ValueError("train.appearance.enabled pays for drafts that train.pretrain_steps 0 never uses")
         if self.synthesise.start < 1 and not self.train.appearance.enabled:
@@ -110,6 +104,30 @@ class Study(Section):
         unknown = sorted((self.synthesise.volume_scale.keys() | self.synthesise.volume_median.keys()) - names)
         if unknown:
             raise ValueError(f"synthesise asks for a volume of {', '.join(unknown)}, which grid.labels does not hold")
+        return self
+
+    @model_validator(mode="after")
+    def _denoiser_fits(self) -> Self:
+        train, levels = self.train, len(self.train.channels)
+        if train.attention_levels is not None and len(train.attention_levels) != levels:
+            raise ValueError("train.attention_levels needs one entry a level of train.channels")
+        if any(width % train.norm_groups for width in train.channels):
+            raise ValueError("train.channels must divide by train.norm_groups")
+        attends = (*(train.attention_levels or (False,) * levels)[:-1], True)
+        if any(width % train.head_channels for width, there in zip(train.channels, attends, strict=True) if there):
+            raise ValueError(
+                "train.channels must divide by train.head_channels where attention is: at the last, and where "
+                "train.attention_levels says so"
+            )
+        if train.steps or train.pretrain_steps:
+            # Every level but the last halves the latent's axes; a token of cross-attention stands for two positions.
+            halvings = max(levels - 1, 1 if train.conditioning == "cross_attention" else 0)
+            divisor = 2 ** (self.encode.levels + halvings)
+            if any(size % divisor for size in self.grid.shape):
+                raise ValueError(
+                    f"grid.shape must divide by {divisor}: codec halves it {self.encode.levels} times, the denoiser "
+                    f"of {levels} levels with train.conditioning '{train.conditioning}' {halvings} times more"
+                )
         return self
 
 

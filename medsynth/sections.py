@@ -220,8 +220,13 @@ class Appearance(Section):
 class Train(Section):
     """The mask-conditioned latent denoiser."""
 
+    conditioning: Literal["concat", "spade", "cross_attention"] = Field(
+        "concat", description="how the label map reaches the network: beside its input, in its norms, as tokens"
+    )
     channels: tuple[Count, ...] = (64, 96)
-    attention_levels: tuple[bool, ...] | None = None
+    attention_levels: tuple[bool, ...] | None = Field(
+        None, description="levels that attend; None: none, with cross_attention the deepest; the middle always does"
+    )
     res_blocks: Count = 1
     norm_groups: Count = 16
     head_channels: Count = 32

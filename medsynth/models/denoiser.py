@@ -1,4 +1,4 @@
-"""The mask-conditioned latent denoiser: MONAI's diffusion U-Net with the label map concatenated, preconditioned."""
+"""The mask-conditioned latent denoiser: one of MONAI's diffusion U-Nets, preconditioned."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from medsynth.config import Train
+from medsynth.models.conditioned_networks import MaskTokens, open_network, with_places
 
 
 class Preconditioning(nn.Module):
@@ -50,14 +51,15 @@ class Preconditioning(nn.Module):
 class Denoiser(nn.Module):
     """Predict the velocity (Salimans and Ho 2022) of a noisy latent from a noise step and a label map.
 
-    Source: Ho et al. (2020) for the task, Rombach et al. (2022) for latents and conditioning by concatenation.
+    Source: Ho et al. (2020) for the task, Rombach et al. (2022) for latents; how the label map reaches the network:
+    :func:`medsynth.models.conditioned_networks.open_network`.
 
     Args:
         preconditioning: noise schedule and channel spreads.
         latent_channels: channels of the latent.
         mask_channels: channels of the encoded label map (see :mod:`medsynth.diffusion.conditioning`).
         spatial_dims: 2 or 3.
-        settings: widths and depths.
+        settings: conditioning, widths and depths.
     """
 
     def __init__(
@@ -69,20 +71,11 @@ class Denoiser(nn.Module):
         settings: Train,
     ) -> None:
         super().__init__()
-        from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
-
-        levels = len(settings.channels)
         self.preconditioning = preconditioning
-        self.network = DiffusionModelUNet(
-            spatial_dims=spatial_dims,
-            in_channels=latent_channels + mask_channels,
-            out_channels=latent_channels,
-            channels=settings.channels,
-            num_res_blocks=settings.res_blocks,
-            attention_levels=settings.attention_levels or (False,) * levels,
-            norm_num_groups=settings.norm_groups,
-            num_head_channels=settings.head_channels,
-        )
+        self.conditioning = settings.conditioning
+        self.network = open_network(latent_channels, mask_channels, spatial_dims, settings)
+        if settings.conditioning == "cross_attention":
+            self.tokens = MaskTokens(mask_channels, settings.channels[-1], spatial_dims)
 
     def forward(
         self,
@@ -90,8 +83,19 @@ class Denoiser(nn.Module):
         steps: Int[Tensor, " batch"],
         mask: Float[Tensor, "batch mask *small"],
     ) -> Float[Tensor, "batch latent *small"]:
-        """Return the velocity of each noisy latent."""
+        """Return the velocity of each noisy latent; a mask of zeros is the dropped mask."""
         scaled, skip, output = self.preconditioning(steps)
-        rest: Tensor = self.network(torch.cat([noisy * scaled, mask], dim=1), steps)
-        velocity: Tensor = skip * noisy + output * rest
+        velocity: Tensor = skip * noisy + output * self._rest(noisy * scaled, steps, mask)
         return velocity
+
+    def _rest(self, scaled: Tensor, steps: Tensor, mask: Tensor) -> Tensor:
+        """Return what the network adds to the best linear guess."""
+        rest: Tensor
+        match self.conditioning:
+            case "concat":
+                rest = self.network(torch.cat([scaled, mask], dim=1), steps)
+            case "spade":
+                rest = self.network(scaled, steps, seg=mask)
+            case "cross_attention":
+                rest = self.network(with_places(scaled), steps, context=self.tokens(mask))
+        return rest
