@@ -48,10 +48,18 @@ def test_images_have_the_grid_and_the_range(rank: int, tiny_study: Study, tiny_s
     assert images.abs().max() <= 1
 
 
+every_way = pytest.mark.parametrize("way", ["concat", "spade", "cross_attention"])
+
+
+@every_way
 @pytest.mark.parametrize("trainable", ["all", "lora"])
-def test_a_generator_survives_the_disk(trainable: str, tiny_study: Study, tmp_path: Path) -> None:
-    train = tiny_study.train.model_copy(update={"trainable": trainable})
-    study = tiny_study.model_copy(update={"train": train})
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_generator_survives_the_disk(
+    rank: int, trainable: str, way: str, tiny_study: Study, tiny_study_3d: Study, tmp_path: Path
+) -> None:
+    tiny = tiny_study if rank == 2 else tiny_study_3d
+    train = tiny.train.model_copy(update={"trainable": trainable, "conditioning": way})
+    study = tiny.model_copy(update={"train": train})
     built = generator(study)
     if trainable == "lora":
         add_adapters(built.denoiser, train.lora_rank)
@@ -63,8 +71,10 @@ def test_a_generator_survives_the_disk(trainable: str, tiny_study: Study, tmp_pa
     assert not any(p.requires_grad for p in again.denoiser.parameters()) and not again.denoiser.training
 
 
-def test_the_mask_reaches_the_image(tiny_study: Study) -> None:
-    built = shaken(generator(tiny_study))
+@every_way
+def test_the_mask_reaches_the_image(tiny_study: Study, way: str) -> None:
+    train = tiny_study.train.model_copy(update={"conditioning": way})
+    built = shaken(generator(tiny_study.model_copy(update={"train": train})))
     here = labels(tiny_study)
     assert (built.render(here, [1, 2], HOW) - built.render(here * 0, [1, 2], HOW)).abs().max() > 1e-3
 

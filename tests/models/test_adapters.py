@@ -17,11 +17,13 @@ from medsynth.models.denoiser import Denoiser, Preconditioning
 
 SETTINGS = Train(channels=(8, 8), norm_groups=4, head_channels=4, noise_steps=20, attention_levels=(False, True))
 
+every_way = pytest.mark.parametrize("way", ["concat", "spade", "cross_attention"])
 
-def model(rank: int = 2) -> Denoiser:
+
+def model(rank: int = 2, way: str = "concat") -> Denoiser:
     torch.manual_seed(0)
     known = Preconditioning(training_schedule(SETTINGS).alphas_cumprod.sqrt(), [1.0, 0.5], rank)
-    built = Denoiser(known, 2, 1, rank, SETTINGS)
+    built = Denoiser(known, 2, 1, rank, SETTINGS.model_copy(update={"conditioning": way}))
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -34,9 +36,10 @@ def answer(built: Denoiser, rank: int = 2) -> torch.Tensor:
     return built(noisy, torch.tensor([2, 15]), mask)
 
 
+@every_way
 @pytest.mark.parametrize("rank", [2, 3])
-def test_an_adapted_model_starts_as_the_model(rank: int) -> None:
-    plain = model(rank)
+def test_an_adapted_model_starts_as_the_model(rank: int, way: str) -> None:
+    plain = model(rank, way)
     adapted = copy.deepcopy(plain)
     add_adapters(adapted, 2)
     with torch.no_grad():
@@ -64,8 +67,9 @@ def test_all_means_all_and_counts_are_right() -> None:
     assert select_trainable(built, "all") == sum(p.numel() for p in built.parameters())
 
 
-def test_bias_norm_means_vectors_only() -> None:
-    built = model()
+@every_way
+def test_bias_norm_means_vectors_only(way: str) -> None:
+    built = model(way=way)
     count = select_trainable(built, "bias_norm")
     chosen = [p for p in built.parameters() if p.requires_grad]
     assert count == sum(p.numel() for p in chosen) and all(p.ndim == 1 for p in chosen)
@@ -73,9 +77,10 @@ def test_bias_norm_means_vectors_only() -> None:
     assert norms and all(p.requires_grad for p in norms)
 
 
+@every_way
 @pytest.mark.parametrize("rank", [1, 3])
-def test_lora_counts_grow_with_the_rank(rank: int) -> None:
-    built = model()
+def test_lora_counts_grow_with_the_rank(rank: int, way: str) -> None:
+    built = model(way=way)
     layers = [m for m in built.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     expected = sum(
         rank * (m.in_features + m.out_features)
