@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 2 -m pipelines.ddp_step [--config 2d-16-n64] [--backend bookkeeping] [--rounds 9]
 
-Every rank uses one thread. A round takes one step with the patients shared out and one with all of them on rank 0 while
-the others wait without computing, so that a busy machine disturbs both alike. ``speedup`` is of wall-clock times;
-``cpu_speedup`` compares CPU times, the slowest rank's with the single one's: what is left where other work takes the
-cores away.
+A step is the product's: coins, gradients, exchange, noise and optimizer (no averaged weights and no checkpoint, which
+cost one process as much). Every rank uses one thread. A round takes one step with the patients shared out and one with
+all of them on rank 0 while the others wait without computing, so that a busy machine disturbs both alike. ``speedup``
+is of wall-clock times; ``cpu_speedup`` compares CPU times, the slowest rank's with the single one's: what is left where
+other work takes the cores away.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from medsynth.devices import rank_and_size
-from medsynth.privacy.distributed import Ranks, close_ranks, open_ranks
-from medsynth.privacy.entropy import open_entropy
+from medsynth.privacy.distributed import Ranks, Replica, close_ranks, open_ranks
 from medsynth.privacy.gradients import Backend, Batch, ClippedSum, open_backend, trainable
 from medsynth.privacy.mechanism import DpSgd
 from pipelines.bench.configurations import CONFIGURATIONS, TINY, Problem, open_problem, row_loss
@@ -37,49 +39,47 @@ class Stepper:
     """A model that is trained by one rank or by all of them."""
 
     def __init__(self, problem: Problem, ranks: Ranks, backend: str) -> None:
-        self.problem, self.ranks = problem, ranks
-        self.model = problem.copy()
-        ranks.take_weights(self.model)
-        self.parameters = trainable(self.model)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-5)
-        self.backend: Backend = open_backend(backend, self.model, row_loss, problem.clip_norm)
+        self.problem, self.ranks, self.steps = problem, ranks, 0
+        model = problem.copy()
+        self.backend: Backend = open_backend(backend, model, row_loss, problem.clip_norm)
         self.mechanism = DpSgd("bench", 0.5, 1000, 1.0, problem.clip_norm, float(len(problem.batches)))
-        self.entropy = open_entropy("os") if ranks.first else None
+        optimizer = torch.optim.Adam(trainable(model), lr=1e-5, fused=True)
+        self.replica = Replica(ranks, model, optimizer, self.mechanism, ranks.open_entropy("os"))
+        self.replica.join()
 
     def clipped_sum(self, batches: list[Batch]) -> ClippedSum:
-        """Return the sum over this rank's share, not reduced."""
+        """Return the sum over this rank's share, not exchanged."""
         return self.backend.clipped_sum(self.ranks.share(batches))
 
+    def quiet_sum(self, batches: list[Batch]) -> list[Tensor]:
+        """Return the sum over all ranks as a step without noise would give it."""
+        quiet = replace(self.mechanism, noise_multiplier=0.0, denominator=1.0)
+        return self.ranks.noisy_mean(quiet, self.clipped_sum(batches), self.replica.entropy)
+
     def step(self) -> None:
-        """Take one step on the whole logical batch."""
-        found = self.clipped_sum(self.problem.batches)
-        whole = self.ranks.reduce_clipped_sum(found)
-        if self.entropy is not None:
-            noisy = self.mechanism.noisy_mean(whole.tensors, self.entropy)
-            for parameter, gradient in zip(self.parameters, noisy, strict=True):
-                parameter.grad = gradient.reshape(parameter.shape)
-            self.optimizer.step()
-        self.ranks.take(self.parameters)
+        """Take one step on the whole logical batch; the coins are tossed, but all patients are taken."""
+        batches = self.problem.batches
+        if self.ranks.first:
+            self.mechanism.draw(len(batches), self.replica.entropy)
+            self.ranks.call((self.steps, list(range(len(batches)))))
+        else:
+            self.ranks.await_call()
+        self.replica.step(self.clipped_sum(batches))
+        self.steps += 1
 
 
 def check(alone: Stepper, shared: Stepper, count: int) -> float:
-    """Return the relative difference between the sum of all ranks and that of one, over ``count`` patients.
-
-    Rank 0 alone has the sum of all; the others return 0.
-    """
+    """Return the relative difference between the sum of all ranks and that of one, over ``count`` patients."""
     batches = alone.problem.batches[:count]
-    all_ranks = shared.ranks.reduce_clipped_sum(shared.clipped_sum(batches))
-    if not shared.ranks.first:
-        return 0.0
-    one = alone.clipped_sum(batches)
-    distance = sum(float((a - b).square().sum()) for a, b in zip(one.tensors, all_ranks.tensors, strict=True))
-    length = sum(float(a.square().sum()) for a in one.tensors)
+    all_ranks, one = shared.quiet_sum(batches), alone.quiet_sum(batches)
+    distance = sum(float((a - b).square().sum()) for a, b in zip(one, all_ranks, strict=True))
+    length = sum(float(a.square().sum()) for a in one)
     return (distance / length) ** 0.5 if length else distance**0.5
 
 
 def same_weights(stepper: Stepper) -> bool:
     """Whether all ranks hold bit for bit the same parameters."""
-    own = torch.cat([p.detach().flatten() for p in stepper.parameters])
+    own = torch.cat([p.detach().flatten() for p in trainable(stepper.replica.model)])
     first = own.clone()
     dist.broadcast(first, src=0)
     found = torch.tensor(int(torch.equal(own, first)))

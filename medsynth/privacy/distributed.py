@@ -1,9 +1,11 @@
-"""One private step over several processes: each rank clips its share of patients, one reduction, noise drawn once.
+"""One private step over several processes: each clips its share of patients and owns a slice of all coordinates.
 
-Rank 0 alone has the coins, the noise and the optimizer; the others get the drawn indices from it, hand in the clipped
-sum of their share and take over the parameters that it moved. So no seed is shared, nothing is drawn twice, and all
-ranks hold bit for bit the same weights (pitfall 22). Sums are reduced before the noise, in float64 unless every rank's
-is single-precision products; the process group is opened with gloo, on CPU tensors.
+A step has two exchanges. First each rank sends every other the piece of its clipped sum that lies in the other's slice,
+and adds up what it gets: it alone knows the whole sum there, adds noise from its own entropy, once, and rounds. Then
+all gather the noisy mean and take the same step, so that all hold bit for bit the same weights and none are sent.
+The mechanism is that of one process (pitfall 22): coordinates have independent noise, whoever draws it. Rank 0 alone
+has the coins and accounts. Pieces are exchanged before the noise, in float64 unless every rank's sum is a
+single-precision product; the process group is opened with gloo, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from medsynth.devices import rank_and_size
 from medsynth.errors import MedsynthError, PrivacyError
-from medsynth.privacy.gradients import ClippedSum
+from medsynth.privacy.entropy import Entropy, open_entropy
+from medsynth.privacy.gradients import ClippedSum, trainable
+from medsynth.privacy.mechanism import DpSgd
 
 Item = TypeVar("Item")
 
@@ -34,7 +38,10 @@ _ASSISTANT_GONE = (
     "a process that assisted in the training has ended or cannot be reached: its own message says why. Finished stages "
     "stay, and the same command goes on within the reservation, with any number of processes"
 )
-_FIRST_GONE = "rank 0 has ended or cannot be reached: its own message says why (this process only assisted)"
+_FIRST_GONE = (
+    "rank 0 has ended, or another process that it needs, or it cannot be reached: its own message says why (this "
+    "process only assisted)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,12 @@ class Ranks:
     """This process among those that share a step; see :func:`open_ranks`.
 
     *Guarantees*: every item is in exactly one rank's :meth:`share`, so the sum over ranks has the sensitivity of one
-    process's. A rank without patients takes part with zeros. Nothing here adds noise: it is added to the result of
-    :meth:`reduce_clipped_sum`, which rank 0 alone gets. That each rank clips rightly is its backend's promise.
+    process's. A rank without patients takes part with zeros. :meth:`noisy_mean` is one release of the mechanism that
+    all ranks were given; no rank learns a sum without noise outside its slice, but for its own share's. That each rank
+    clips rightly is its backend's promise.
 
     Attributes:
-        rank: 0 for the one that draws, adds the noise, moves the parameters, writes and accounts.
+        rank: 0 for the one that draws, writes and accounts.
         size: number of processes; 1 needs no process group.
     """
 
@@ -79,35 +87,81 @@ class Ranks:
             dist.broadcast_object_list(heard, src=0)
         return heard[0]
 
-    def reduce_clipped_sum(self, found: ClippedSum) -> ClippedSum:
-        """Return the sum over all ranks, and the norms in the order of the list that was shared.
+    def open_entropy(self, kind: str) -> Entropy:
+        """Open this rank's own source of noise: ranks with one stream would add the same noise to their slices.
 
         Args:
-            found: the clipped sum of :meth:`share`; zeros and no norms where the share was empty.
+            kind: ``os``, or ``test_only``, seeded with the rank.
+        """
+        return open_entropy(kind, self.rank if kind == "test_only" else 0)
+
+    def noisy_mean(self, mechanism: DpSgd, found: ClippedSum, entropy: Entropy) -> list[Tensor]:
+        """Return ``(sum of all ranks + noise) / denominator``, the same on every rank; call it once a step.
+
+        *Guarantees*: the slices partition the coordinates, and each coordinate's noise is drawn by the one rank that
+        owns it, by :meth:`DpSgd.noisy_mean`. The sensitivity of the whole is that of the sum over ranks, and the noise
+        is that of one process if no two ranks' sources are the same (:meth:`open_entropy`).
+
+        Args:
+            mechanism: the plan, the same on all ranks.
+            found: the clipped sum of :meth:`share`; zeros and no norms where the share was empty. Handed over.
+            entropy: this rank's source of noise.
 
         Returns:
-            The whole on rank 0; nothing on the others.
+            One tensor a trainable parameter, in single precision.
 
         Raises:
             MedsynthError: another rank has ended.
         """
         if self.size == 1:
-            return found
-        # All ranks must take the same type; an empty share (0) does as the others do: its zeros are exact in both.
-        needed = torch.tensor((1 + any(p.dtype == torch.float64 for p in found.tensors)) if found.norms else 0)
+            return mechanism.noisy_mean(found.tensors, entropy)
+        with self._together():
+            flat = self._flat(found)
+            (noisy,) = mechanism.noisy_mean([self._own_sum(flat)], entropy)
+            # Where it can, the noisy mean takes the place of this rank's sum.
+            mean = flat if flat.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
+            slices = mean.split(noisy.numel())
+            slices[self.rank].copy_(noisy)
+            for sent in [dist.broadcast(piece, src=rank, async_op=True) for rank, piece in enumerate(slices)]:
+                sent.wait()
+        return _unpack(mean, found.tensors)
+
+    def gather_norms(self, norms: list[float]) -> list[float]:
+        """Return all ranks' norms in the order of the list that was shared, on rank 0; nothing on the others.
+
+        Args:
+            norms: of the patients in :meth:`share`. Private.
+
+        Raises:
+            MedsynthError: another rank has ended.
+        """
+        if self.size == 1:
+            return norms
         gathered: list[list[float]] = [[] for _ in range(self.size)]
         with self._together():
-            dist.all_reduce(needed, op=dist.ReduceOp.MAX)
-            dtype = torch.float32 if needed == 1 else torch.float64
-            flat = torch.cat([part.detach().reshape(-1).to("cpu", dtype) for part in found.tensors])
-            dist.reduce(flat, dst=0)
-            dist.gather_object(found.norms, gathered if self.first else None, dst=0)
-        if not self.first:
-            return ClippedSum([], [])
-        norms = [0.0] * sum(map(len, gathered))
+            dist.gather_object(norms, gathered if self.first else None, dst=0)
+        whole = [0.0] * sum(map(len, gathered))
         for rank, part in enumerate(gathered):
-            norms[rank :: self.size] = part
-        return ClippedSum(_unpack(flat, found.tensors), norms)
+            whole[rank :: self.size] = part
+        return whole
+
+    def agree(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all ranks hold the same values, by the sums of their bits; all ranks get the same answer.
+
+        Args:
+            tensors: in single precision, of the same shapes on all ranks.
+
+        Raises:
+            MedsynthError: another rank has ended.
+        """
+        if self.size == 1:
+            return True
+        sums = torch.stack([one.detach().view(torch.int32).sum(dtype=torch.int64).cpu() for one in tensors])
+        extremes = torch.cat([sums, -sums])
+        with self._together():
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        largest, smallest = extremes.split(len(sums))
+        return torch.equal(largest, -smallest)
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Give every rank the values of rank 0, in place.
@@ -133,6 +187,35 @@ class Ranks:
         """Give every rank the parameters and buffers of rank 0, in place."""
         self.take([*model.parameters(), *model.buffers()])
 
+    def take_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every rank the optimizer's state of rank 0, in place."""
+        if self.size == 1:
+            return
+        if self.first:
+            self.call(optimizer.state_dict())
+        else:
+            optimizer.load_state_dict(self.await_call())
+
+    def _flat(self, found: ClippedSum) -> Tensor:
+        """Return this rank's sum as one vector, in the type that all ranks take, with zeros up to a multiple of size.
+
+        An empty share (0) takes the type of the others: its zeros are exact in both.
+        """
+        needed = torch.tensor((1 + any(p.dtype == torch.float64 for p in found.tensors)) if found.norms else 0)
+        dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+        dtype = torch.float32 if needed == 1 else torch.float64
+        padding = torch.zeros(-sum(part.numel() for part in found.tensors) % self.size, dtype=dtype)
+        return torch.cat([*(part.detach().reshape(-1).to("cpu", dtype) for part in found.tensors), padding])
+
+    def _own_sum(self, flat: Tensor) -> Tensor:
+        """Return the sum over ranks of this rank's slice; every other rank gets only the slice that it owns."""
+        received = torch.empty_like(flat)
+        dist.all_to_all_single(received, flat)
+        own, *others = received.split(flat.numel() // self.size)
+        for other in others:  # in the order of ranks, so that the sum does not depend on who came first
+            own += other
+        return own
+
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         """Say in our words that another process is gone; gloo raises a bare RuntimeError."""
@@ -140,6 +223,53 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise MedsynthError(_ASSISTANT_GONE if self.first else _FIRST_GONE) from error
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One rank's copy of a model in private training: all ranks join with that of rank 0, then take the same steps.
+
+    Attributes:
+        ranks: this process's place.
+        model: its trainable parameters are moved, in place.
+        optimizer: of those parameters.
+        mechanism: the plan that is accounted for, the same on all ranks.
+        entropy: this rank's source of noise, by :meth:`Ranks.open_entropy`.
+    """
+
+    ranks: Ranks
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mechanism: DpSgd
+    entropy: Entropy
+
+    def join(self) -> None:
+        """Take the weights and the optimizer's state of rank 0."""
+        self.ranks.take_weights(self.model)
+        self.ranks.take_state(self.optimizer)
+
+    def step(self, found: ClippedSum) -> None:
+        """Move the parameters by the noisy mean over all ranks.
+
+        *Guarantees*: one release of the mechanism (:meth:`Ranks.noisy_mean`); what follows it is post-processing.
+
+        Args:
+            found: the clipped sum of this rank's share. Handed over.
+        """
+        noisy = self.ranks.noisy_mean(self.mechanism, found, self.entropy)
+        for parameter, gradient in zip(trainable(self.model), noisy, strict=True):
+            parameter.grad = gradient.to(parameter.device).reshape(parameter.shape)
+        self.optimizer.step()
+
+    def align(self) -> bool:
+        """Take the values of rank 0 where ranks differ, as unlike processors may round; return whether none did.
+
+        No patient is better or worse protected by such a difference: all weights come from released values.
+        """
+        alike = self.ranks.agree(trainable(self.model))
+        if not alike:
+            self.join()
+        return alike
 
 
 def open_ranks() -> Ranks:
@@ -185,6 +315,7 @@ def _leave() -> None:
 
 
 def _unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``flat`` in pieces of the shapes and on the devices of ``like``."""
-    pieces = flat.split([part.numel() for part in like])
+    """Return the beginning of ``flat`` in pieces of the shapes and on the devices of ``like``."""
+    sizes = [part.numel() for part in like]
+    pieces = flat[: sum(sizes)].split(sizes)
     return [piece.view(part.shape).to(part.device) for piece, part in zip(pieces, like, strict=True)]

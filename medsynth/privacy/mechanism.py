@@ -210,6 +210,9 @@ class DpSgd:
     def noisy_mean(self, clipped_sum: Sequence[Tensor], entropy: Entropy) -> list[Tensor]:
         """Return ``(clipped sum + noise) / denominator`` in single precision; call it once a step, empty or not.
 
+        Over several ranks each calls it for its slice of the coordinates
+        (:meth:`medsynth.privacy.distributed.Ranks.noisy_mean`).
+
         Args:
             clipped_sum: one tensor a trainable parameter, the WHOLE step's sum (after accumulation and reduction).
                 Handed over: in single precision and on the CPU, the result takes its place, so that no second copy is

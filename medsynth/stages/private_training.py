@@ -4,7 +4,8 @@ Steps are claimed in a journal before a patient is read for them. A killed run g
 steps are kept, started ones are lost, fresh noise is drawn.
 
 Under ``torchrun`` rank 0 does all of this, and the other ranks :func:`assist`: each clips its share of the drawn
-patients. They have no coins, noise, optimizer, journal or ledger; how many they are changes nothing but the time.
+patients, adds the noise of its slice of the coordinates and takes the same steps. They have no coins, average, journal
+or ledger; how many they are changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsynth import logs, store
+from medsynth import __version__, logs, store
 from medsynth.config import Study, Train
 from medsynth.devices import open_device
 from medsynth.diffusion.fitting import open_ema
@@ -28,14 +29,13 @@ from medsynth.errors import PrivacyError, StoreError
 from medsynth.models.adapters import add_adapters, select_trainable
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.denoiser import Denoiser, Preconditioning
-from medsynth.privacy.distributed import Ranks, open_ranks
+from medsynth.privacy.distributed import Ranks, Replica, open_ranks
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import config_digest
 from medsynth.stages.training_job import LOG_EVERY, Job
 from medsynth.tracking import Tracker
 
 if TYPE_CHECKING:
-    from medsynth.privacy.entropy import Entropy
     from medsynth.privacy.gradients import Backend
     from medsynth.privacy.journal import StepJournal
     from medsynth.privacy.mechanism import DpSgd
@@ -56,14 +56,16 @@ class Call:
     """What rank 0 says when private steps begin.
 
     Attributes:
+        version: of this package, whose code all ranks must run.
         settings: digest of the settings that the stage depends on.
-        clip_norm: L2 bound on one patient's gradient.
+        mechanism: the plan that rank 0 accounts for; all ranks clip and add noise by it.
         cohort: digest of the folder that the patients are read from.
         autoencoder: digest of the folder that the codec is read from.
     """
 
+    version: str
     settings: str
-    clip_norm: float
+    mechanism: DpSgd
     cohort: str
     autoencoder: str
 
@@ -79,7 +81,6 @@ def choose_trainable(settings: Train, built: Generator) -> int:
 
 def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     """Take T steps of DP-SGD on patients; see the module's first lines for what a kill means."""
-    from medsynth.privacy.entropy import open_entropy
     from medsynth.privacy.mechanism import DpSgd
     from medsynth.privacy.preflight import refuse_modules
 
@@ -103,7 +104,7 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     journal = _reserve(job, state, mechanism, evidence)
     _require_reserved(job, mechanism, state["entries"]["training"])
     curve = _epsilon_curve(job, mechanism, state["entries"]["training"])
-    _private_steps(job, built, backend, mechanism, journal, open_entropy(privacy.entropy), curve)
+    _private_steps(job, built, backend, mechanism, journal, curve)
 
 
 def _reserve(job: Job, state: dict[str, Any], mechanism: DpSgd, evidence: Evidence) -> StepJournal:
@@ -157,51 +158,59 @@ def _require_reserved(job: Job, mechanism: DpSgd, entry: str) -> None:
 
 
 def _private_steps(
-    job: Job,
-    built: Generator,
-    backend: Backend,
-    mechanism: DpSgd,
-    journal: StepJournal,
-    entropy: Entropy,
-    curve: Mapping[int, float],
+    job: Job, built: Generator, backend: Backend, mechanism: DpSgd, journal: StepJournal, curve: Mapping[int, float]
 ) -> None:
-    settings = job.config.train
-    model = built.denoiser
+    settings, ranks = job.config.train, open_ranks()
+    replica = _replica(job, built.denoiser, ranks, mechanism)
+    model, optimizer = built.denoiser, replica.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     ema = open_ema(model, settings.ema_decay)
     _restore(job, model, optimizer, ema)
-    ranks = open_ranks()
-    ranks.call(_call(job, mechanism.clip_norm))
-    ranks.take_weights(model)
+    ranks.call(_call(job, mechanism))
+    replica.join()
     encoded = job.encoded_patients(built)
     steps = journal.claimed_steps(_CLAIM)
     for step in logs.progress(steps, "training under privacy", settings.steps - journal.next_step):
-        drawn = mechanism.draw(len(encoded), entropy)
+        drawn = mechanism.draw(len(encoded), replica.entropy)
         ranks.call((step, drawn))
         units = _units(job, model, [encoded[index] for index in ranks.share(drawn)], step)
-        total = ranks.reduce_clipped_sum(backend.clipped_sum(units))
-        noisy = mechanism.noisy_mean(total.tensors, entropy)
-        for parameter, gradient in zip(parameters, noisy, strict=True):
-            parameter.grad = gradient.to(parameter.device).reshape(parameter.shape)
-        optimizer.step()
-        ranks.take(parameters)
+        norms = _step(job, replica, backend, units, step)
         ema.step(parameters)
-        if (step + 1) % _CLAIM == 0 or step + 1 == settings.steps:
+        if _is_kept(settings, step):
             _keep(job, model, optimizer, ema)
         if step + 1 in curve:
             job.tracker.metrics({"epsilon": curve[step + 1]}, step=step + 1)
-        if (step + 1) % LOG_EVERY == 0 and total.norms:
-            job.tracker.metrics({"internal_gradient_norm": float(np.median(total.norms))}, step=step + 1)
+        if norms:
+            job.tracker.metrics({"internal_gradient_norm": float(np.median(norms))}, step=step + 1)
     ranks.call(None)
     ema.copy_to(parameters)
 
 
+def _replica(job: Job, model: Denoiser, ranks: Ranks, mechanism: DpSgd) -> Replica:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=job.config.train.learning_rate, fused=True)
+    return Replica(ranks, model, optimizer, mechanism, ranks.open_entropy(job.config.privacy.entropy))
+
+
+def _step(job: Job, replica: Replica, backend: Backend, units: list[Batch], step: int) -> list[float]:
+    """Take a step as every rank does, and return the norms of all patients on rank 0 where they are logged."""
+    found = backend.clipped_sum(units)
+    replica.step(found)
+    if _is_kept(job.config.train, step) and not replica.align() and replica.ranks.first:
+        logs.say("the weights of the processes differed by rounding; all took those of rank 0")
+    return replica.ranks.gather_norms(found.norms) if (step + 1) % LOG_EVERY == 0 else []
+
+
+def _is_kept(settings: Train, step: int) -> bool:
+    return (step + 1) % _CLAIM == 0 or step + 1 == settings.steps
+
+
 def assist(config: Study, inputs: Mapping[str, Path], ranks: Ranks, call: Call) -> None:
-    """Clip this rank's share of every step until rank 0 says that there are no more; nothing is drawn or written.
+    """Take this rank's part in every step until rank 0 says that there are no more; nothing is drawn or written.
 
     *Guarantees*: what leaves this process is a sum of gradients that were clipped, one patient at a time, to the
-    clip norm that rank 0 accounts for, by a backend that passed the preflight on this machine too.
+    clip norm that rank 0 accounts for, by a backend that passed the preflight on this machine too, and the noisy mean
+    of its slice, by the plan that rank 0 accounts for.
 
     Args:
         config: the study.
@@ -210,30 +219,31 @@ def assist(config: Study, inputs: Mapping[str, Path], ranks: Ranks, call: Call) 
         call: what rank 0 said when it began.
 
     Raises:
-        StoreError: this process reads another study, cohort or autoencoder than rank 0.
+        StoreError: this process has another version of the package, study, cohort or autoencoder than rank 0.
         PrivacyError: the preflight failed here.
         MedsynthError: rank 0 has ended.
     """
     job = Job(config, inputs, inputs["cohort"], config_digest(config, "train"), open_device(config.compute), Tracker())
-    if _call(job, call.clip_norm) != call:
-        raise StoreError("this process reads another study, cohort or autoencoder than rank 0: give all the same")
+    if _call(job, call.mechanism) != call:
+        raise StoreError(
+            "this process has another version of medsynth, study, cohort or autoencoder than rank 0: give all the same"
+        )
     built = build_generator(config.grid, config.train, load_codec(inputs["autoencoder"])).to(job.device)
     choose_trainable(config.train, built)
     model = built.denoiser.train()
-    ranks.take_weights(model)
-    backend, _ = _checked_backend(job, model, public_batches(job, built), call.clip_norm)
+    replica = _replica(job, model, ranks, call.mechanism)
+    replica.join()
+    backend, _ = _checked_backend(job, model, public_batches(job, built), call.mechanism.clip_norm)
     encoded = job.encoded_patients(built)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     while (told := ranks.await_call()) is not None:
         step, drawn = told
         units = _units(job, model, [encoded[index] for index in ranks.share(drawn)], step)
-        ranks.reduce_clipped_sum(backend.clipped_sum(units))
-        ranks.take(parameters)
+        _step(job, replica, backend, units, step)
 
 
-def _call(job: Job, clip_norm: float) -> Call:
+def _call(job: Job, mechanism: DpSgd) -> Call:
     digests = {name: store.read_manifest(job.inputs[name]).digest for name in ("cohort", "autoencoder")}
-    return Call(config_digest(job.config, "train"), clip_norm, **digests)
+    return Call(__version__, config_digest(job.config, "train"), mechanism, **digests)
 
 
 def _checked_backend(

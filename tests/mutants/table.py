@@ -920,16 +920,44 @@ def each_shard_adds_its_noise(original: Any) -> Any:
 
 
 @takes_out(
-    "privacy.distributed.Ranks.reduce_clipped_sum",
+    "privacy.distributed.Ranks.noisy_mean",
+    22,
+    "privacy/test_distributed.py::test_pitfall_22_ranks_hand_in_their_sums_without_noise",
+    "privacy/test_distributed.py::test_pitfall_22_each_coordinate_has_the_noise_of_its_owner_alone",
+)
+def each_rank_adds_its_noise(original: Any) -> Any:
+    def noisy_mean(self: Any, mechanism: Any, found: Any, entropy: Any) -> Any:
+        whole = replace(mechanism, denominator=1.0)
+        return original(self, mechanism, replace(found, tensors=whole.noisy_mean(found.tensors, entropy)), entropy)
+
+    return noisy_mean
+
+
+@takes_out(
+    "privacy.distributed.Ranks._own_sum",
     22,
     "privacy/test_distributed.py::test_pitfall_22_ranks_hand_in_their_sums_without_noise",
 )
-def each_rank_adds_its_noise(original: Any) -> Any:
-    def reduce_clipped_sum(self: Any, found: Any) -> Any:
-        noisy = [total + total.new_tensor(1.0).normal_() * 0.01 for total in found.tensors]
-        return original(self, replace(found, tensors=noisy))
+def each_rank_learns_the_whole_sum(original: Any) -> Any:
+    def own_sum(self: Any, flat: Any) -> Any:
+        from torch import distributed
 
-    return reduce_clipped_sum
+        original(self, flat)
+        whole = [flat.clone() for _ in range(self.size)]
+        for rank, part in enumerate(whole):
+            distributed.broadcast(part, src=rank, async_op=True).wait()
+        return sum(whole).chunk(self.size)[self.rank].contiguous()
+
+    return own_sum
+
+
+@takes_out(
+    "privacy.distributed.Ranks.open_entropy",
+    22,
+    "privacy/test_distributed.py::test_pitfall_22_no_two_ranks_have_the_same_noise",
+)
+def all_ranks_draw_the_same_noise(original: Any) -> Any:
+    return lambda self, kind: original(replace(self, rank=0), kind)
 
 
 @takes_out(
