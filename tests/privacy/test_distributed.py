@@ -230,7 +230,7 @@ def test_pitfall_22_each_coordinate_has_the_noise_of_its_owner_alone(
     size: int, shapes: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, parts, plan = Threads(size, monkeypatch), _parts(size, *shapes), _plan(1.0)
-    found = threads.run(lambda ranks: ranks.noisy_mean(plan, parts[ranks.rank], Mark(ranks.rank)))
+    found = threads.run(lambda ranks: ranks.noisy_mean(plan, _copy(parts[ranks.rank]), Mark(ranks.rank)))
     results = [torch.cat([part.flatten() for part in one]) for one in found]
     assert all(torch.equal(result, results[0]) for result in results)
     assert [part.shape for part in found[0]] == [torch.Size(shape) for shape in shapes]
@@ -241,7 +241,7 @@ def test_pitfall_22_each_coordinate_has_the_noise_of_its_owner_alone(
 
 def test_pitfall_22_ranks_hand_in_their_sums_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     threads, parts = Threads(2, monkeypatch), _parts(2, (4, 3), (8,))
-    threads.run(lambda ranks: ranks.noisy_mean(_plan(1.0), parts[ranks.rank], Mark(ranks.rank)))
+    threads.run(lambda ranks: ranks.noisy_mean(_plan(1.0), _copy(parts[ranks.rank]), Mark(ranks.rank)))
     (sent,) = threads.sent["all_to_all_single"]
     for vector, part in zip(sent, parts, strict=True):
         assert torch.equal(vector, torch.cat([one.flatten() for one in part.tensors]))
