@@ -14,7 +14,7 @@ from medsynth.errors import ConfigError, InputError, StoreError
 from medsynth.privacy.account import Account, counted_events, limits_of
 from medsynth.privacy.accounting import epsilon
 from medsynth.privacy.accounts import Accounts
-from medsynth.privacy.budget import BudgetPlan, gaussian_epsilon, most_steps, plan_at_noise, plan_budget
+from medsynth.privacy.budget import BudgetPlan, gaussian_epsilon, most_steps, plan_at_noise, plan_budget, plan_features
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger, study_of, taints_of, trials_of
 from medsynth.privacy.scale_law import MEASURED, reach
@@ -117,7 +117,8 @@ def plan(path: Path, overrides: dict[str, object], asked: Asked) -> None:
     if asked.parameters is not None and asked.parameters < 1:
         raise ConfigError(f"--parameters must be at least 1, got {asked.parameters}")
     chosen = {"privacy.epsilon": asked.epsilon, "privacy.delta": asked.delta, "train.steps": asked.steps}
-    study = config.load(path, overrides | {name: value for name, value in chosen.items() if value is not None})
+    given = overrides | {name: value for name, value in chosen.items() if value is not None}
+    study = plan_features(config.load(path, given))
     if not study.privacy.private:
         raise ConfigError("a study with privacy.epsilon inf adds no noise and is never certified: plan with --epsilon")
     if asked.noise is not None and not study.train.steps:
@@ -153,6 +154,9 @@ def _print_plan(console: Console, study: Study, found: BudgetPlan, asked: Asked)
         f"declared patients{sweep}"
     )
     console.print(_mechanisms(found, privacy.trials))
+    if study.train.appearance.enabled:
+        features = " x ".join(map(str, study.train.appearance.cosines))
+        console.print(f"appearance is told by {features} cosines of the position (train.appearance.coefficients)")
     if found.epsilon > privacy.epsilon:
         console.print(f"this costs more than the budget: it needs privacy.epsilon {found.epsilon:g}")
     console.print(_advice(study, found, asked))

@@ -368,8 +368,9 @@ def config_show(config: Config, override: Override = None) -> None:
 
 def _load(path: Path, override: list[str] | None) -> Study:
     from medsynth import config
+    from medsynth.privacy.budget import plan_features
 
-    return config.load(path, config.parse_overrides(override or []))
+    return plan_features(config.load(path, config.parse_overrides(override or [])))
 
 
 def _assists(study: Study, out: Path) -> bool:

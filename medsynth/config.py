@@ -83,7 +83,7 @@ class Study(Section):
             ("masks.coefficients", self.masks.coefficients),
             ("train.appearance.coefficients", self.train.appearance.coefficients),
         ):
-            if len(value) != dims:
+            if value is not None and len(value) != dims:
                 raise ValueError(f"{name} has {len(value)} axes, grid.spatial_dims says {dims}")
         factor = 2**self.encode.levels
         if any(size % factor for size in self.grid.shape):

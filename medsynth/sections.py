@@ -209,12 +209,21 @@ class Appearance(Section):
     """Statistics of images given their label maps, which dress the label maps of pre-training."""
 
     enabled: bool = Field(True, description="needs train.pretrain_steps, or synthesise.start below 1")
-    coefficients: tuple[Count, ...] = Field((6, 8, 6), description="cosines an axis of the position")
+    coefficients: tuple[Count, ...] | None = Field(
+        None, description="cosines an axis of the position; None: planned from the grid, the declared patients, epsilon"
+    )
     levels: Count = Field(6, description="cosines of the grey value, whose distribution is learnt at each position")
     factors: Annotated[int, Field(ge=0)] = Field(
         0, description="at most so many directions in which patients' images differ as a whole; 0: none, for crops"
     )
     clip_norm: Positive = Field(2.0, description="of a patient's vector; hippocampus MRI has norms of 1.5 to 1.9")
+
+    @property
+    def cosines(self) -> tuple[int, ...]:
+        """Return ``coefficients``, which must be named or planned (``medsynth.privacy.budget.plan_features``)."""
+        if self.coefficients is None:
+            raise ValueError("train.appearance.coefficients is not planned yet")
+        return self.coefficients
 
 
 class Train(Section):

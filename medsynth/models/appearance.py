@@ -62,8 +62,8 @@ class AppearanceSpace:
     def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
         self.grid = grid
         self.levels = settings.levels
-        near = tuple(int(np.ceil(_NEAR_SHARE * count)) for count in settings.coefficients)
-        self.features = LabelFeatures(grid, settings.coefficients, near)
+        near = tuple(int(np.ceil(_NEAR_SHARE * count)) for count in settings.cosines)
+        self.features = LabelFeatures(grid, settings.cosines, near)
         self._maps = maps
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)

@@ -89,7 +89,7 @@ class FactorSpace:
     def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
         self.grid, self.levels, self.most = grid, settings.levels, settings.factors
         self._lattice = np.indices(grid.shape).reshape(grid.spatial_dims, -1).astype(np.float32)
-        self._waves, radius = _grid_waves(grid, settings.coefficients)
+        self._waves, radius = _grid_waves(grid, settings.cosines)
         self._rest_waves, _ = _grid_waves(grid, (_REST_WAVES,) * grid.spatial_dims)
         bands = len(_KNOTS) - 1
         self._profiles = fft.dct(np.eye(bands), norm="ortho", axis=0) * np.sqrt(bands)

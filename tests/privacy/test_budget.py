@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from medsynth.config import Appearance, Masks, Privacy, Shares, Train
+from medsynth.config import Appearance, Grid, Masks, Privacy, Shares, Study, Train
 from medsynth.errors import BudgetError, PrivacyError
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.budget import (
@@ -18,6 +18,7 @@ from medsynth.privacy.budget import (
     most_steps,
     plan_at_noise,
     plan_budget,
+    plan_features,
 )
 from medsynth.privacy.pld import gaussian_delta
 
@@ -60,6 +61,26 @@ def test_a_mechanism_that_does_not_run_has_no_event() -> None:
     assert plan.epsilon <= 8
     statistics = plan_budget(_privacy(), Train(steps=0), Masks())
     assert set(statistics.events) == {"masks", "appearance"} and statistics.training_noise_multiplier == 0
+
+
+def _features(privacy: Privacy, appearance: Appearance | None = None) -> tuple[int, ...]:
+    grid = Grid(shape=(48, 64, 48), labels={0: "background", 1: "organ"})
+    name = "planned" if privacy.private else "planned-nonprivate"
+    train = Train(steps=0, appearance=appearance or Appearance())
+    return plan_features(Study(name=name, grid=grid, privacy=privacy, train=train)).train.appearance.cosines
+
+
+def test_fewer_patients_and_less_epsilon_get_fewer_features() -> None:
+    sizes = [sum(_features(_privacy(eps, n))) for eps, n in ((0.5, 50), (1, 200), (3, 200), (5, 200), (8, 900))]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert _features(_privacy(math.inf)) == _features(_privacy(8, 900)) == (6, 8, 6)
+    assert min(_features(_privacy(0.1, 2, delta=0.01))) >= 2
+
+
+def test_features_that_a_study_names_are_kept() -> None:
+    assert _features(_privacy(0.5), Appearance(coefficients=(9, 9, 9))) == (9, 9, 9)
+    with pytest.raises(ValueError, match="not planned"):
+        _ = Appearance().cosines
 
 
 def test_more_steps_need_more_noise() -> None:
