@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,9 +193,12 @@ class Ranks:
         if self.size == 1:
             return
         if self.first:
-            self.call(optimizer.state_dict())
+            kept = io.BytesIO()
+            torch.save(optimizer.state_dict(), kept)
+            self.call(kept.getvalue())
         else:
-            optimizer.load_state_dict(self.await_call())
+            state = torch.load(io.BytesIO(self.await_call()), map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state)
 
     def _flat(self, found: ClippedSum) -> Tensor:
         """Return this rank's sum as one vector, in the type that all ranks take, with zeros up to a multiple of size.
