@@ -119,10 +119,11 @@ class Ranks:
         with self._together():
             flat = self._flat(found)
             (noisy,) = mechanism.noisy_mean([self._own_sum(flat)], entropy)
-            # Where it can, the noisy mean takes the place of this rank's sum.
-            mean = flat if flat.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
+            mean = flat  # in single precision the noisy mean has taken the place of this rank's sum
+            if flat.dtype != noisy.dtype:
+                mean = torch.empty_like(flat, dtype=noisy.dtype)
+                mean.split(noisy.numel())[self.rank].copy_(noisy)
             slices = mean.split(noisy.numel())
-            slices[self.rank].copy_(noisy)
             for sent in [dist.broadcast(piece, src=rank, async_op=True) for rank, piece in enumerate(slices)]:
                 sent.wait()
         return _unpack(mean, found.tensors)
@@ -212,12 +213,16 @@ class Ranks:
         return torch.cat([*(part.detach().reshape(-1).to("cpu", dtype) for part in found.tensors), padding])
 
     def _own_sum(self, flat: Tensor) -> Tensor:
-        """Return the sum over ranks of this rank's slice; every other rank gets only the slice that it owns."""
-        received = torch.empty_like(flat)
-        dist.all_to_all_single(received, flat)
-        own, *others = received.split(flat.numel() // self.size)
-        for other in others:  # in the order of ranks, so that the sum does not depend on who came first
-            own += other
+        """Return this rank's slice of ``flat``, to which it adds the others'; each gets only the slice that it owns."""
+        slices = flat.split(flat.numel() // self.size)
+        own, others = slices[self.rank], [rank for rank in range(self.size) if rank != self.rank]
+        received = [torch.empty_like(own) for _ in others]
+        under_way = [dist.irecv(part, src=rank) for part, rank in zip(received, others, strict=True)]
+        under_way += [dist.isend(slices[rank], dst=rank) for rank in others]
+        for exchange in filter(None, under_way):  # None only for who is not in the group
+            exchange.wait()
+        for part in received:  # in the order of ranks, not in that of arrival
+            own += part
         return own
 
     @contextlib.contextmanager
@@ -262,8 +267,9 @@ class Replica:
         """
         noisy = self.ranks.noisy_mean(self.mechanism, found, self.entropy)
         for parameter, gradient in zip(trainable(self.model), noisy, strict=True):
-            parameter.grad = gradient.to(parameter.device).reshape(parameter.shape)
+            parameter.grad = gradient.reshape(parameter.shape)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the next step
 
     def align(self) -> bool:
         """Take the values of rank 0 where ranks differ, as unlike processors may round; return whether none did.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import socket
 import threading
 from collections.abc import Callable
@@ -155,7 +156,9 @@ class Threads:
         self.size, self.place = size, threading.local()
         self.barrier = threading.Barrier(size, timeout=20)
         self.sent: dict[str, list[list[Tensor]]] = {}
-        for name in ("all_reduce", "all_to_all_single", "broadcast"):
+        self.posted: dict[tuple[int, int], Tensor] = {}  # by sender and receiver
+        self.boxes = {(src, dst): queue.Queue[Tensor]() for src in range(size) for dst in range(size)}
+        for name in ("all_reduce", "isend", "irecv", "broadcast"):
             patch.setattr(torch.distributed, name, getattr(self, name))
 
     def run(self, act: Callable[[Ranks], Any]) -> list[Any]:
@@ -182,9 +185,15 @@ class Threads:
         assert op == torch.distributed.ReduceOp.MAX
         tensor.copy_(torch.stack(self._exchange("all_reduce", tensor)).amax(0))
 
-    def all_to_all_single(self, received: Tensor, sent: Tensor) -> None:
-        values = self._exchange("all_to_all_single", sent)
-        received.copy_(torch.cat([value.chunk(self.size)[self.place.rank] for value in values]))
+    def isend(self, tensor: Tensor, dst: int) -> Any:
+        way = self.place.rank, dst
+        self.posted[way] = tensor.clone()
+        self.boxes[way].put(self.posted[way])
+        return SimpleNamespace(wait=lambda: None)
+
+    def irecv(self, tensor: Tensor, src: int) -> Any:
+        way = src, self.place.rank
+        return SimpleNamespace(wait=lambda: tensor.copy_(self.boxes[way].get(timeout=20)))
 
     def broadcast(self, tensor: Tensor, src: int, async_op: bool) -> Any:
         tensor.copy_(self._exchange("broadcast", tensor)[src])
@@ -242,9 +251,9 @@ def test_pitfall_22_each_coordinate_has_the_noise_of_its_owner_alone(
 def test_pitfall_22_ranks_hand_in_their_sums_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     threads, parts = Threads(2, monkeypatch), _parts(2, (4, 3), (8,))
     threads.run(lambda ranks: ranks.noisy_mean(_plan(1.0), _copy(parts[ranks.rank]), Mark(ranks.rank)))
-    (sent,) = threads.sent["all_to_all_single"]
-    for vector, part in zip(sent, parts, strict=True):
-        assert torch.equal(vector, torch.cat([one.flatten() for one in part.tensors]))
+    assert set(threads.posted) == {(0, 1), (1, 0)}
+    for (src, dst), piece in threads.posted.items():  # what the receiver owns, and no more
+        assert torch.equal(piece, torch.cat([one.flatten() for one in parts[src].tensors]).chunk(2)[dst])
     # Whatever else is sent tells no sum without noise: one number, and slices that have theirs.
     assert [value.numel() for values in threads.sent["all_reduce"] for value in values] == [1, 1]
     for owner, values in enumerate(threads.sent["broadcast"]):
@@ -270,7 +279,7 @@ def test_sums_are_exchanged_in_the_precision_that_they_have(monkeypatch: pytest.
         threads = Threads(2, monkeypatch)
         parts = [ClippedSum([torch.zeros(3, dtype=kind)], norms) for kind, norms in shares]
         threads.run(lambda ranks, parts=parts: ranks.noisy_mean(_plan(0.0), parts[ranks.rank], Mark(ranks.rank)))
-        assert [value.dtype for value in threads.sent["all_to_all_single"][0]] == [expected, expected]
+        assert [piece.dtype for piece in threads.posted.values()] == [expected, expected]
 
 
 def test_other_ranks_hear_rank_0_and_take_its_values(both: list[dict[str, Any]]) -> None:
@@ -285,7 +294,7 @@ def test_a_rank_that_is_gone_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch
     def closed(*_: Any, **__: Any) -> None:
         raise RuntimeError("[../third_party/gloo] Connection closed by peer [10.0.0.1]:4711")
 
-    for name in ("all_reduce", "all_to_all_single", "broadcast", "broadcast_object_list", "gather_object"):
+    for name in ("all_reduce", "irecv", "broadcast", "broadcast_object_list", "gather_object"):
         monkeypatch.setattr(torch.distributed, name, closed)
     part, ranks = open_backend("unit", _model(), _loss, CLIP).clipped_sum(_patients(2)), Ranks(0, 2)
     for act in (
