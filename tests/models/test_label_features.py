@@ -43,6 +43,16 @@ def test_an_image_that_follows_its_label_map_is_found_from_other_label_maps(rank
     assert np.mean((got - wanted) ** 2) < 0.2 * np.var(wanted)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_what_surrounds_an_organ_does_not_show_inside(rank: int) -> None:
+    layout = features(rank)
+    label = sample_label_maps(layout.grid, 1, 3)[0]
+    around = np.zeros((1, layout.size))
+    around[:, : np.flatnonzero(layout.groups >= 8)[0]] = 1.0  # the groups of position alone come first
+    shown = layout.combine(around, label)[0]
+    assert not shown[label > 0].any() and np.abs(shown[signed_distance(label > 0) > 2]).max() > 0.1
+
+
 def test_a_whitened_vector_is_about_as_long_as_its_image() -> None:
     layout, rng = features(2), np.random.default_rng(2)
     maps = list(sample_label_maps(layout.grid, 60, 7))

@@ -20,6 +20,7 @@ from medsynth.config import Grid, Study
 from medsynth.diffusion.generator import Generator, load_generator
 from medsynth.errors import StoreError
 from medsynth.imaging.cohort import Pair, read_pairs
+from medsynth.imaging.transforms import pair_to_grid
 from medsynth.stages import masks, synthesise, train
 from medsynth.tracking import Tracker
 
@@ -200,6 +201,18 @@ def test_a_window_lies_in_the_grid_and_the_public_range_and_holds_the_labels(
         assert 0 <= part.start < part.stop <= 24 and least <= part.stop - part.start <= most
     if last - first + 1 <= grid.release_shape_range[0][1]:
         assert label[window].sum() == label.sum()
+
+
+@given(st.integers(2, 21), st.integers(2, 21), st.integers(1, 20), st.integers(0, 6))
+def test_labels_come_back_to_the_place_where_they_were_drawn(first: int, last: int, low: int, margin: int) -> None:
+    first, last = sorted((first, last))
+    grid = cropping(low, 24, margin).model_copy(update={"intensity_percentiles": (0.0, 100.0)})
+    label = np.zeros((24, 24), np.uint8)
+    label[first : last + 1, 7:9] = 1
+    window = synthesise.release_window(label, grid)
+    cut = torch.from_numpy(label[window])
+    _, again = pair_to_grid(torch.zeros(1, *cut.shape), cut, grid)
+    assert np.array_equal(again.numpy(), label)
 
 
 def test_a_window_of_an_empty_map_and_of_no_range() -> None:
