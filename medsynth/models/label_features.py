@@ -1,8 +1,8 @@
 """What a label map says about every voxel: features of position and distance, and public least squares on them.
 
-Features of a voxel are low-pass cosines of its place around the foreground, which fade in outside of it; (fewer)
-cosines of its place in the foreground's canonical frame in bands of signed distance to the foreground, so that edges
-follow the label; and one indicator a label.
+Features of a voxel are low-pass cosines of its place around the foreground; (fewer) cosines of its place in the
+foreground's canonical frame in bands of signed distance to the foreground, so that edges follow the label; and one
+indicator a label. Where the latter tell enough of an organ's inside, the former fade in outside of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Singles = NDArray[np.float32]
 _BANDS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # voxels from the foreground, inside negative
 _WIDE_SD, _NARROW_SD = 4.0, 2.5  # half widths of the frames; beyond them the cosines keep their edge
 _FADE = 2.0  # voxels outside the foreground over which position alone fades in: what is beside must not show inside
+_FADES_FROM = 6  # cosines along the frame's finest axis; fewer tell too little of the inside (docs/log.md)
 _ISOTROPY = 0.5  # of the wide frame: what surrounds an organ stretches less than the organ does
 _GROUPS = 8  # frequency bands that are shrunk together
 _RIDGE = 0.02  # of the mean square of a feature: holds back what hardly any label map shows
@@ -43,6 +44,7 @@ class LabelFeatures:
         self._frame = PoseFrame(grid, tuple(narrow), 1.0)
         self._wide, wide_radius = low_pass(wide)
         self._narrow, narrow_radius = low_pass(narrow)
+        self._fades = max(narrow) >= _FADES_FROM
         self._bands = len(_BANDS) - 1  # the last, far one is left to position alone
         near = _GROUPS + np.tile(_group(narrow_radius), self._bands)
         labels = np.full(grid.classes - 1, 2 * _GROUPS)
@@ -93,7 +95,8 @@ class LabelFeatures:
         wide = cosine_products(_places(_tempered(pose.stretch), offset, _WIDE_SD), self._wide)
         narrow = cosine_products(_places(pose.stretch, offset, _NARROW_SD), self._narrow)
         distance = signed_distance(label > 0).reshape(-1)[chosen]
-        wide *= np.clip(distance / _FADE, 0, 1).astype(np.float32)
+        if self._fades:
+            wide *= np.clip(distance / _FADE, 0, 1).astype(np.float32)
         bands = hats(distance, _BANDS)[: self._bands]
         counts = (1 / (1 + np.square(np.maximum(distance, 0) / _NEAR))).astype(np.float32)
         parts = np.stack([label.reshape(-1)[chosen] == value for value in range(1, self.grid.classes)])

@@ -135,8 +135,8 @@ def release_window(label: np.ndarray, grid: Grid) -> tuple[slice, ...]:
     """Return the part of the grid that is released: the labels plus a margin, within the public range of sizes.
 
     Its centre is the grid's, so that labels lie in a released image as they were drawn, and come back to the same place
-    when it is centred on a grid again: a network learns from where an organ lies, too. Only labels that would be cut move
-    it.
+    when it is centred on a grid again: a network learns from where an organ lies, too. Only labels that would be cut
+    move it.
 
     Args:
         label: (\\*spatial) integers on the grid.
