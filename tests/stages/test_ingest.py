@@ -45,6 +45,7 @@ def study(ingest_settings: dict[str, Any] | None = None, **grid: Any) -> Study:
             "grid": full,
             "privacy": {"declared_patients": 16},
             "ingest": {"test_fraction": 0.5, **(ingest_settings or {})},
+            "encode": {"levels": 1},
             "masks": {"coefficients": [4] * dims},
             "train": {"appearance": {"coefficients": [2] * dims}},
         }
