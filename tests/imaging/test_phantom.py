@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,11 +84,3 @@ def test_images_are_smooth_anatomy_rather_than_noise() -> None:
 def test_a_grid_too_small_for_its_labels_is_refused() -> None:
     with pytest.raises(ConfigError, match="too small"):
         phantom.sample_label_maps(grid((3, 3), 4), 1, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("one", "limit_s"), [(grid((48, 64, 48)), 40), (grid((128, 128), 2, 3), 30)])
-def test_256_pairs_are_quick(one: Grid, limit_s: float) -> None:
-    started = time.process_time()
-    phantom.phantom_pairs(one, 32, seed=0)
-    assert (time.process_time() - started) * 8 < limit_s

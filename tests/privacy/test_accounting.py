@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -80,13 +79,6 @@ def test_order_and_splitting_of_events_do_not_matter() -> None:
     assert epsilon(split, 1e-4) == epsilon(TYPICAL, 1e-4)
 
 
-def test_typical_events_take_less_than_three_seconds() -> None:
-    epsilon([Event("gaussian", 1.0)], 1e-4)  # imports
-    started = time.process_time()  # not wall time: other tests run beside this one
-    epsilon((*TYPICAL, Event("gaussian", 77.7)), 1.1e-4)
-    assert time.process_time() - started < 3
-
-
 def test_one_nonprivate_event_makes_epsilon_infinite() -> None:
     assert epsilon([*TYPICAL, Event("nonprivate")], 1e-4) == math.inf
     assert epsilon([], 1e-4) == 0
@@ -150,24 +142,18 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ten_thousand_events_take_less_than_five_seconds(name: str) -> None:
-    epsilon(TYPICAL, 1e-4)  # imports
-    started = time.process_time()
-    found = epsilon(SCHEDULES[name], 1e-5)
-    assert time.process_time() - started < 5
-    assert 1 < found < 8
+def test_ten_thousand_events_are_composed_as_few(name: str) -> None:
+    assert len(coarsen(SCHEDULES[name])) <= DISTINCT
+    assert 1 < epsilon(SCHEDULES[name], 1e-5) < 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("least", "most", "rate"), [(0.4, 0.9, 0.001), (0.3, 0.5, 0.01), (0.8, 2.0, 0.3)])
-def test_ten_thousand_events_of_little_noise_take_less_than_five_seconds(
-    least: float, most: float, rate: float
-) -> None:
+def test_ten_thousand_events_of_little_noise_are_composed_as_few(least: float, most: float, rate: float) -> None:
     step = (most - least) / 10_000
     events = [Event("subsampled_gaussian", least + step * i, rate) for i in range(10_000)]
-    started = time.process_time()
+    assert len(coarsen(events)) <= DISTINCT
     assert epsilon(events, 1e-5) < 500
-    assert time.process_time() - started < 5
 
 
 @pytest.mark.slow

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 MOST_BYTES = 200 * 10**6
-MOST_SECONDS = 60.0
 ABSENT = ("torch", "scipy", "dp_accounting", "opacus", "monai", "mlflow", "yaml", "nibabel", "pydicom")
 
 
@@ -43,10 +41,8 @@ def test_a_release_is_verified_after_a_small_install(small: Path, certified_run:
     assert size < MOST_BYTES, f"{size / 1e6:.0f} MB"
     missing = f"import importlib.util as u, sys; sys.exit(any(u.find_spec(name) for name in {ABSENT!r}))"
     assert run(small / "bin" / "python", "-c", missing).returncode == 0
-    started = time.monotonic()
     done = run(small / "bin" / "medsynth", "verify", certified_run / "release", "--key", hospital_key)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - started < MOST_SECONDS
     assert "VERIFIED" in done.stdout and "own accountant" in done.stdout and "dp-accounting" not in done.stdout
 
 
