@@ -112,7 +112,7 @@ class Ingest(Section):
 
 
 class Shares(Section):
-    """How the squared Gaussian privacy parameter mu^2 is split between the mechanisms; any total."""
+    """How the squared Gaussian privacy parameter mu^2 is split between the mechanisms that run; any total."""
 
     masks: Positive = 1.0
     appearance: Positive = 1.0

@@ -48,8 +48,7 @@ def unused_training(evidence: Evidence) -> list[Finding]:
             threshold=limits.UNUSED,
             off=above(float(moved), limits.UNUSED),
             changes=(
-                Change("train.steps", "set", "to 0"),
-                Change("privacy.shares.training", "lower", "to 0.001: the statistics get its share"),
+                Change("train.steps", "set", "to 0: the statistics get its share"),
                 Change("synthesise.start", "raise", "so that the denoiser works on the drafts"),
             ),
             source=PUBLIC,

@@ -110,7 +110,7 @@ def noisy_training(evidence: Evidence) -> list[Finding]:
             off=below(gain, limits.TRAINING_GAIN),
             changes=(
                 *((Change("train.trainable", "set", "to all"),) if larger else ()),
-                Change("train.steps", "set", f"to 0, and lower {share}: statistics alone"),
+                Change("train.steps", "set", "to 0: statistics alone, which then get its share"),
                 Change("train.sampling_rate", "raise"),
                 Change(share, "raise"),
             ),

@@ -60,8 +60,8 @@ def plan_budget(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan:
 
     Masks and appearance get ``mu_i^2 = mu^2 * share_i / sum(shares)`` of the Gaussian mechanism that would spend the
     whole promise; the training noise is then the least for which the exact composition stays within epsilon. The
-    share of a mechanism that does not run (public shapes, appearance switched off) changes no other fixed share;
-    what it leaves goes to the training, or to nobody when there is no training. In a declared sweep of k trials all of
+    share of a mechanism that does not run (public shapes, appearance switched off) goes to the training; without
+    training, to the other mechanisms that run. In a declared sweep of k trials all of
     it fits k times: mu is that of one trial (mu^2 of Gaussian mechanisms adds up, Dong, Roth, Su 2022, corollary 3.3).
 
     Args:
@@ -136,7 +136,7 @@ def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: flo
     Raises:
         BudgetError: not even one.
     """
-    fixed = [event for stage in _fixed_events(privacy, train, masks).values() for event in stage]
+    fixed = [event for stage in _fixed_events(privacy, train, masks, trained=True).values() for event in stage]
 
     def fits(steps: int) -> bool:
         step = Event("subsampled_gaussian", training_noise, train.sampling_rate, steps)
@@ -184,12 +184,18 @@ def _nonprivate_plan(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan
     return BudgetPlan(0.0, 0.0, 0.0, MappingProxyType(events), spent, privacy.delta, math.inf)
 
 
-def _fixed_events(privacy: Privacy, train: Train, masks: Masks) -> Mapping[str, tuple[Event, ...]]:
-    mu = gaussian_mu(privacy.epsilon, privacy.delta) / math.sqrt(privacy.trials)
-    shares = privacy.shares
-    total = shares.masks + shares.appearance + shares.training
+def _fixed_events(
+    privacy: Privacy, train: Train, masks: Masks, trained: bool | None = None
+) -> Mapping[str, tuple[Event, ...]]:
+    """Return the events of masks and appearance; ``trained``: whether they leave a share (default: to any steps)."""
+    shares, drawn, promise = privacy.shares, masks.source == "statistics", privacy.epsilon
+    if trained if trained is not None else train.steps:
+        total = shares.masks + shares.appearance + shares.training
+    else:
+        total, promise = shares.masks * drawn + shares.appearance * train.appearance.enabled, _target(privacy)
+    mu = gaussian_mu(promise, privacy.delta) / math.sqrt(privacy.trials)
     events = {}
-    if masks.source == "statistics":
+    if drawn:
         events["masks"] = (Event("gaussian", math.sqrt(MASK_SUMS * total / shares.masks) / mu, count=MASK_SUMS),)
     if train.appearance.enabled:
         events["appearance"] = (Event("gaussian", math.sqrt(total / shares.appearance) / mu),)
