@@ -299,6 +299,9 @@ class Segment(Section):
     learning_rate: Positive = 2e-3
     seeds: tuple[int, ...] = (0,)
     augment: bool = True
+    largest_component: bool = Field(
+        False, description="predictions keep their largest connected part alone: for a foreground that is one organ"
+    )
 
 
 class Evaluate(Section):

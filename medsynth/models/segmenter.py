@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from monai.networks.nets.unet import UNet
+from monai.transforms.post.array import KeepLargestConnectedComponent
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,7 +15,36 @@ from medsynth.config import Grid, Segment
 from medsynth.errors import ConfigError, StoreError
 
 
-def build_segmenter(grid: Grid, segment: Segment) -> nn.Module:
+class Segmenter(UNet):
+    """A residual U-Net, and how its predictions are cleaned.
+
+    Args:
+        grid: gives rank, input channels and classes.
+        segment: gives the width of each level, and ``largest_component``.
+    """
+
+    def __init__(self, grid: Grid, segment: Segment) -> None:
+        super().__init__(
+            spatial_dims=grid.spatial_dims,
+            in_channels=grid.channels,
+            out_channels=grid.classes,
+            channels=segment.channels,
+            strides=(2,) * (len(segment.channels) - 1),
+            num_res_units=2,
+            norm=("instance", {"affine": True}),
+        )
+        self._labels = list(range(1, grid.classes)) if segment.largest_component else []
+
+    def clean(self, labels: Tensor) -> Tensor:
+        """Return label maps ``(record, *spatial)`` whose foreground is one connected part, if the study says so."""
+        if not self._labels:
+            return labels
+        keep = KeepLargestConnectedComponent(self._labels, is_onehot=False, independent=False)
+        # The transform writes into what it is given.
+        return torch.stack([torch.as_tensor(keep(record[None].clone()))[0].to(labels.dtype) for record in labels])
+
+
+def build_segmenter(grid: Grid, segment: Segment) -> Segmenter:
     """Build a residual U-Net of any rank (Kerfoot et al. 2018, "Left-ventricle quantification using residual U-Net").
 
     Args:
@@ -30,15 +60,7 @@ def build_segmenter(grid: Grid, segment: Segment) -> nn.Module:
     factor = 2 ** (len(segment.channels) - 1)
     if any(size % factor for size in grid.shape):
         raise ConfigError(f"segment.channels has {len(segment.channels)} levels: grid.shape must divide by {factor}")
-    return UNet(
-        spatial_dims=grid.spatial_dims,
-        in_channels=grid.channels,
-        out_channels=grid.classes,
-        channels=segment.channels,
-        strides=(2,) * (len(segment.channels) - 1),
-        num_res_units=2,
-        norm=("instance", {"affine": True}),
-    )
+    return Segmenter(grid, segment)
 
 
 def save_segmenter(model: nn.Module, path: Path) -> None:
@@ -62,7 +84,7 @@ def load_segmenter(grid: Grid, segment: Segment, path: Path) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
-    """Return the most likely label of each voxel.
+    """Return the most likely label of each voxel, cleaned as the study says (:meth:`Segmenter.clean`).
 
     Args:
         model: from :func:`build_segmenter`.
@@ -72,7 +94,8 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
     Returns:
         Labels ``(record, *spatial)``, uint8, on the CPU.
     """
-    return torch.cat([logits.argmax(dim=1).to(torch.uint8).cpu() for logits in _outputs(model, images, batch_size)])
+    labels = torch.cat([logits.argmax(dim=1).to(torch.uint8).cpu() for logits in _outputs(model, images, batch_size)])
+    return model.clean(labels) if isinstance(model, Segmenter) else labels
 
 
 @torch.no_grad()
