@@ -7,6 +7,7 @@ import pytest
 
 from medsynth.config import Grid
 from medsynth.imaging.phantom import sample_label_maps
+from medsynth.models import label_features
 from medsynth.models.label_features import LabelFeatures, LeastSquares, signed_distance
 
 
@@ -28,6 +29,19 @@ def test_projection_is_the_weighted_adjoint_of_combination(rank: int) -> None:
     counts = 1 / (1 + np.maximum(signed_distance(label > 0) / 4, 0) ** 2)
     inner = (layout.combine(weights, label) * values * counts).sum() / counts.sum()
     assert inner == pytest.approx((layout.project(values, label) * weights).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_how_many_voxels_are_treated_at_a_time_changes_nothing(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, rng = features(rank), np.random.default_rng(0)
+    label = sample_label_maps(layout.grid, 1, 3)[0]
+    values, weights = rng.standard_normal((2, *label.shape)), rng.standard_normal((2, layout.size))
+    found = []
+    for block in (label.size, 101):
+        monkeypatch.setattr(label_features, "_BLOCK", block)
+        found.append((layout.combine(weights, label), layout.project(values, label)))
+    for whole, parts in zip(*found, strict=True):
+        assert np.allclose(whole, parts, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize("rank", [2, 3])
