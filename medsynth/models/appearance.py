@@ -22,16 +22,17 @@ from scipy import ndimage
 from scipy.special import ndtr
 
 from medsynth.config import Appearance, Grid
-from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles
+from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles, signed_distance
 from medsynth.models.pose import Array
 
 _COUNT_WEIGHT = 0.5  # of the entry that counts patients, under one clip with the rest
 _LEAST_COUNT = 0.3  # a noisy count below this share of the denominator is taken as this share
 _LEAST_DENSITY = 0.03  # of the even one: truncated and noisy series go below zero
-_SHARPENING = 2.0  # power of a density: takes away the grey values that truncation and noise add everywhere
+_SHARPENING = 3.0  # power of a density: takes away the grey values that truncation and noise add everywhere
 _CELLS = 24  # of the grey values' range, within which a density is even
 _NEAR_SHARE = 2 / 3  # of the coefficients an axis, for what follows the surface
-_FIELD = ((1.5, 0.6), (6.0, 0.8))  # correlation lengths (mm; voxels where there is no spacing) and their weights
+_FINE, _COARSE = (1.0, 0.6), (6.0, 0.8)  # correlation length (mm; voxels where there is no spacing) and weight
+_COARSE_FADE = 4.0  # voxels outside the foreground over which the coarse field fades in: organs are alike inside
 _GRAIN = 0.06  # public: standard deviation of the fine noise of an image in [-1, 1]
 _GRAIN_LENGTH = 0.5  # voxels
 
@@ -67,8 +68,7 @@ class AppearanceSpace:
         self._maps = maps
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)
-        spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
-        self._field = [(length / spacing, weight) for length, weight in _FIELD]
+        self._spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
 
     @property
     def size(self) -> int:
@@ -110,7 +110,7 @@ class AppearanceSpace:
 
         All channels share one field: light and tissue change colours together.
         """
-        rank = ndtr(self._smooth_field(rng)).astype(np.float32).reshape(-1, 1)
+        rank = ndtr(self._smooth_field(label, rng)).astype(np.float32).reshape(-1, 1)
         planes = [quantile(self._distribution(weights, label), rank) for weights in statistics.density]
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
         image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
@@ -122,12 +122,18 @@ class AppearanceSpace:
         density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** _SHARPENING
         return cumulative(density)
 
-    def _smooth_field(self, rng: np.random.Generator) -> Array:
-        """Return a field of unit variance: tissues that go on for a while, elsewhere in each image."""
-        total = np.zeros(self.grid.shape)
-        for length, weight in self._field:
-            total += weight * _standard(ndimage.gaussian_filter(rng.standard_normal(total.shape), length, mode="wrap"))
-        return total / np.sqrt(sum(weight**2 for _, weight in self._field))
+    def _smooth_field(self, label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
+        """Return a field of unit variance: around the foreground tissues that go on for a while, elsewhere each time.
+
+        Inside it is fine alone: with a coarse part there some images would have a bright organ, and others a dark one.
+        """
+        far = np.clip(signed_distance(label > 0) / _COARSE_FADE, 0, 1)
+        total, variance = np.zeros(self.grid.shape), np.zeros(self.grid.shape)
+        for (length, weight), shown in ((_FINE, 1.0), (_COARSE, far)):
+            noise = ndimage.gaussian_filter(rng.standard_normal(total.shape), length / self._spacing, mode="wrap")
+            total += weight * shown * _standard(noise)
+            variance += np.square(weight * shown)
+        return total / np.sqrt(variance)
 
 
 def waves(values: NDArray[np.floating], levels: int) -> Array:

@@ -11,6 +11,7 @@ from scipy import ndimage
 from medsynth.config import Appearance, Grid
 from medsynth.imaging.phantom import phantom_pairs, sample_label_maps, smooth_field
 from medsynth.models.appearance import AppearanceSpace
+from medsynth.models.label_features import signed_distance
 
 _VALUES = np.array([-0.6, 0.2, 0.6])
 
@@ -81,6 +82,19 @@ def test_either_of_two_tissues_stays_one_of_them() -> None:
     values = np.stack([layout.render(label, found, np.random.default_rng(seed))[0][around] for seed in range(20)])
     assert np.mean(np.abs(values) < 0.4) < 0.25
     assert 0.3 < np.mean(values > 0) < 0.7
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_organs_are_alike_inside_and_what_is_around_them_is_not(rank: int) -> None:
+    layout, label = space(rank), sample_label_maps(grid(rank), 1, 9)[0]
+    distance = signed_distance(label > 0)
+    order = np.argsort(np.where(distance > 4, distance, np.inf), axis=None)[: np.count_nonzero(label)]
+    fields = [layout._smooth_field(label, np.random.default_rng(seed)) for seed in range(60)]
+    inside, around = (
+        np.std([field.flat[where].mean() for field in fields]) for where in (np.flatnonzero(label), order)
+    )
+    assert inside < 0.7 * around
+    assert np.std([field[label > 0] for field in fields]) == pytest.approx(1, abs=0.05)
 
 
 def test_what_surrounds_a_voxel_looks_like_it() -> None:
