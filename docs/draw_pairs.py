@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from PIL import Image
 
 from medsynth.config import Study
 from medsynth.imaging.cohort import load_pairs, load_patients
@@ -32,6 +33,9 @@ def main(out: str, *rows: str) -> None:
             images, labels = load_pairs(run / "synthetic", grid)
         drawn[title] = list(zip(images[:COLUMNS], labels[:COLUMNS], strict=True))
     montage(drawn, Path(out), upright=grid.spacing_mm is not None)
+    with Image.open(out) as picture:
+        small = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(out, optimize=True)  # a tracked file stays below 1 MiB
 
 
 if __name__ == "__main__":
