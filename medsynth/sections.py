@@ -203,6 +203,10 @@ class Masks(Section):
         description="None: half of that of the means, enough for one organ; where labels lie anywhere, about as much",
     )
     min_component_voxels: Annotated[int, Field(ge=0)] = 8
+    roughness: Annotated[Number, Field(ge=0, le=2)] = Field(
+        0.0,
+        description="voxels (standard deviation) by which drawn surfaces are ragged, as those that people outline are",
+    )
 
 
 class Appearance(Section):

@@ -24,6 +24,7 @@ from medsynth.models.pose import Array, Pose, PoseFrame
 
 _FRAME_SD = 2.6  # half width of the canonical frame in standard deviations of the foreground
 _FOREGROUND_AT = 0.45  # below one half, because truncated coefficients lose thin ends
+_ROUGH_LENGTH = 1.0  # voxels over which ragged surfaces go on
 _BANDS = 10  # radial frequency bands that share one spread
 
 
@@ -81,11 +82,17 @@ class ShapeSpace:
         parts = [self.frame.compress(self.frame.enter(plane, pose)) for plane in planes]
         return np.concatenate(parts) - self._public_centre
 
-    def label_map(self, shape: Array, pose: Pose) -> NDArray[np.uint8]:
-        """Return the label map of a shape under a pose (the inverse of the two vectors, up to truncation)."""
+    def label_map(self, shape: Array, pose: Pose, ragged: Array | float = 0.0) -> NDArray[np.uint8]:
+        """Return the label map of a shape under a pose (the inverse of the two vectors, up to truncation).
+
+        Args:
+            shape: shape vector.
+            pose: where it lies.
+            ragged: (\\*spatial) added to the occupancy of the union, which falls from 1 to 0 across its surface.
+        """
         parts = (shape + self._public_centre).reshape(self.planes, -1)
         planes = [self.frame.leave(self.frame.expand(part), pose) for part in parts]
-        label = (planes[0] >= _FOREGROUND_AT).astype(np.uint8)
+        label = (planes[0] + ragged >= _FOREGROUND_AT).astype(np.uint8)
         if self.planes > 1:
             others = np.stack(planes[1:])
             taken = (label > 0) & (others.max(0) >= 0.5 * planes[0])
@@ -103,7 +110,8 @@ class ShapeSpace:
         """
         for _ in range(attempts):
             pose = self.pose(statistics.pose_mean + _draw(statistics.pose_covariance, rng))
-            label = self.label_map(statistics.shape_mean + self._draw_shape(statistics.spread, rng), pose)
+            shape = statistics.shape_mean + self._draw_shape(statistics.spread, rng)
+            label = self.label_map(shape, pose, self._ragged(rng))
             if np.count_nonzero(label) >= max(1, self.settings.min_component_voxels) and not self._touches(label):
                 return label
         mean = self.label_map(statistics.shape_mean, self.pose(statistics.pose_mean))
@@ -128,6 +136,14 @@ class ShapeSpace:
     def band_sizes(self) -> Array:
         """Coefficients in each (plane, band) group, at least 1."""
         return np.maximum(np.bincount(self.bands, minlength=self.band_count), 1).astype(float)
+
+    def _ragged(self, rng: np.random.Generator) -> Array | float:
+        """Return a fine random field that moves the surface by ``masks.roughness`` voxels (standard deviation)."""
+        if not self.settings.roughness:
+            return 0.0
+        field = ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _ROUGH_LENGTH, mode="wrap")
+        # The occupancy falls by 1 over twice the truncation of the distance.
+        return np.asarray(field / field.std() * self.settings.roughness / (2 * self.settings.band_voxels))
 
     def _draw_shape(self, spread: Array, rng: np.random.Generator) -> Array:
         if spread.ndim == 2:

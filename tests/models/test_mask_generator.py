@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from medsynth.config import Grid, Masks
 from medsynth.imaging.phantom import sample_label_maps
@@ -95,6 +96,22 @@ def test_drawn_maps_show_something_inside_the_grid_and_follow_the_seed(rank: int
         assert not any(np.take(label, end, axis).any() for axis in range(rank) for end in (0, -1))
     assert len({label.tobytes() for label in maps}) == len(maps)
     assert np.array_equal(layout.sample(released, np.random.default_rng(3)), maps[3])
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_ragged_surfaces_are_larger_around_the_same_volume(rank: int) -> None:
+    smooth, label = space(rank, 3), ellipsoid(rank)
+    settings = smooth.settings.model_copy(update={"roughness": 0.5})
+    found, measured = statistics(smooth, label), []
+    for layout in (smooth, ShapeSpace(smooth.grid, settings)):
+        maps = [layout.sample(found, np.random.default_rng(seed)) for seed in range(12)]
+        sizes = [np.count_nonzero(one) for one in maps]
+        surfaces = [np.count_nonzero((one > 0) & ~ndimage.binary_erosion(one > 0)) for one in maps]
+        measured.append((np.mean(sizes), np.mean(surfaces)))
+        assert all(ndimage.label(one)[1] == 1 for one in maps)
+    (size, surface), (ragged_size, ragged_surface) = measured
+    assert ragged_size == pytest.approx(size, rel=0.08)
+    assert ragged_surface > 1.04 * surface
 
 
 @pytest.mark.parametrize("rank", [2, 3])
