@@ -28,7 +28,9 @@ from medsynth.models.pose import Array
 _COUNT_WEIGHT = 0.5  # of the entry that counts patients, under one clip with the rest
 _LEAST_COUNT = 0.3  # a noisy count below this share of the denominator is taken as this share
 _LEAST_DENSITY = 0.03  # of the even one: truncated and noisy series go below zero
-_SHARPENING = 3.0  # power of a density: takes away the grey values that truncation and noise add everywhere
+# Power of a density: takes away the grey values that truncation and noise add everywhere, but where features are few
+# and noise is high also what patients do show (docs/log.md).
+_SHARPENING, _LESS_SHARPENING = 3.0, 2.0
 _CELLS = 24  # of the grey values' range, within which a density is even
 _NEAR_SHARE = 2 / 3  # of the coefficients an axis, for what follows the surface
 _FINE, _COARSE = (1.0, 0.6), (6.0, 0.8)  # correlation length (mm; voxels where there is no spacing) and weight
@@ -65,6 +67,7 @@ class AppearanceSpace:
         self.levels = settings.levels
         near = tuple(int(np.ceil(_NEAR_SHARE * count)) for count in settings.cosines)
         self.features = LabelFeatures(grid, settings.cosines, near)
+        self._power = _SHARPENING if self.features.fine else _LESS_SHARPENING
         self._maps = maps
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)
@@ -119,7 +122,7 @@ class AppearanceSpace:
     def _distribution(self, weights: Array, label: NDArray[np.uint8]) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
         series = self.features.combine(weights, label).reshape(self.levels, -1).astype(np.float32)
-        density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** _SHARPENING
+        density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** self._power
         return cumulative(density)
 
     def _smooth_field(self, label: NDArray[np.uint8], rng: np.random.Generator) -> Array:

@@ -46,7 +46,8 @@ class LabelFeatures:
         self._frame = PoseFrame(grid, tuple(narrow), 1.0)
         self._wide, wide_radius = low_pass(wide)
         self._narrow, narrow_radius = low_pass(narrow)
-        self._fades = max(narrow) >= _FADES_FROM
+        self.fine = max(narrow) >= _FADES_FROM
+        """Whether the foreground's own frame tells enough of its inside, so that position alone fades in outside."""
         self._bands = len(_BANDS) - 1  # the last, far one is left to position alone
         near = _GROUPS + np.tile(_group(narrow_radius), self._bands)
         labels = np.full(grid.classes - 1, 2 * _GROUPS)
@@ -109,7 +110,7 @@ class LabelFeatures:
         offset = self._frame.voxels[:, voxels] - pose.centre[:, None]
         wide = cosine_products(_places(_tempered(pose.stretch), offset, _WIDE_SD), self._wide)
         narrow = cosine_products(_places(pose.stretch, offset, _NARROW_SD), self._narrow)
-        if self._fades:
+        if self.fine:
             wide *= np.clip(distance / _FADE, 0, 1).astype(np.float32)
         bands = hats(distance, _BANDS)[: self._bands]
         parts = np.stack([place.label[voxels] == value for value in range(1, self.grid.classes)])

@@ -97,6 +97,17 @@ def test_organs_are_alike_inside_and_what_is_around_them_is_not(rank: int) -> No
     assert np.std([field[label > 0] for field in fields]) == pytest.approx(1, abs=0.05)
 
 
+def test_densities_are_sharpened_more_where_features_are_fine() -> None:
+    label, shares = sample_label_maps(grid(2), 1, 9)[0], []
+    for count in (4, 9):
+        layout = AppearanceSpace(grid(2), Appearance(coefficients=(count, count)))
+        weights = np.zeros((layout.levels, layout.features.size))
+        weights[0, -2:] = 0.3  # a little more of the dark half inside, the same density whatever the features
+        inside = layout._distribution(weights, label)[label.reshape(-1) > 0]
+        shares.append(inside[:, inside.shape[1] // 2].mean())
+    assert 0.5 < shares[0] < shares[1] - 0.02
+
+
 def test_what_surrounds_a_voxel_looks_like_it() -> None:
     layout, label = space(), sample_label_maps(grid(2), 1, 9)[0]
     found = layout.statistics(released(2, 1), 0.0)
