@@ -136,7 +136,8 @@ def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: flo
     Raises:
         BudgetError: not even one.
     """
-    fixed = [event for stage in _fixed_events(privacy, train, masks, trained=True).values() for event in stage]
+    trained = train.model_copy(update={"steps": 1})  # any number of steps leaves the statistics the same shares
+    fixed = [event for stage in _fixed_events(privacy, trained, masks).values() for event in stage]
 
     def fits(steps: int) -> bool:
         step = Event("subsampled_gaussian", training_noise, train.sampling_rate, steps)
@@ -184,12 +185,9 @@ def _nonprivate_plan(privacy: Privacy, train: Train, masks: Masks) -> BudgetPlan
     return BudgetPlan(0.0, 0.0, 0.0, MappingProxyType(events), spent, privacy.delta, math.inf)
 
 
-def _fixed_events(
-    privacy: Privacy, train: Train, masks: Masks, trained: bool | None = None
-) -> Mapping[str, tuple[Event, ...]]:
-    """Return the events of masks and appearance; ``trained``: whether they leave a share (default: to any steps)."""
+def _fixed_events(privacy: Privacy, train: Train, masks: Masks) -> Mapping[str, tuple[Event, ...]]:
     shares, drawn, promise = privacy.shares, masks.source == "statistics", privacy.epsilon
-    if trained if trained is not None else train.steps:
+    if train.steps:
         total = shares.masks + shares.appearance + shares.training
     else:
         total, promise = shares.masks * drawn + shares.appearance * train.appearance.enabled, _target(privacy)

@@ -57,6 +57,11 @@ def test_without_training_the_statistics_spend_everything() -> None:
         assert 0.99 * 8 <= one.epsilon <= 8
 
 
+def test_steps_are_planned_alike_for_a_study_without_any() -> None:
+    none, some = (most_steps(_privacy(), Train(steps=steps), Masks(), 4.0) for steps in (0, 100))
+    assert none == some > 1
+
+
 def test_pitfall_03_plans_do_not_know_the_number_of_patients() -> None:
     one, other = (plan_budget(_privacy(n=n), TRAIN, Masks()) for n in (256, 257))
     assert one == other
