@@ -200,7 +200,7 @@ class Masks(Section):
     mean_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
     spread_clip_norm: Positive | None = Field(
         None,
-        description="None: half of that of the means, enough for one organ; where labels lie anywhere, about as much",
+        description="None: 0.6 of that of the means, enough for one organ; where labels lie anywhere, about as much",
     )
     min_component_voxels: Annotated[int, Field(ge=0)] = 8
     roughness: Annotated[Number, Field(ge=0, le=2)] = Field(
@@ -220,7 +220,9 @@ class Appearance(Section):
     factors: Annotated[int, Field(ge=0)] = Field(
         0, description="at most so many directions in which patients' images differ as a whole; 0: none, for crops"
     )
-    clip_norm: Positive = Field(2.0, description="of a patient's vector; hippocampus MRI has norms of 1.5 to 1.9")
+    clip_norm: Positive = Field(
+        1.0, description="of a patient's vector; below what any has (hippocampus MRI 1.3 to 2.2) each counts alike"
+    )
 
     @property
     def cosines(self) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ _MAX_MULTIPLIER = 1e6
 _MAX_STEPS = 1_000_000
 
 _VOXELS_A_COSINE, _MOST_COSINES, _LEAST_COSINES = 8, 8, 2
-_FULL_REACH = 225.0  # of the appearance statistics, from which on all features stand out of the noise (docs/log.md)
-_LEAST_PART = 2 / 3  # of the cosines an axis: fewer lose more than their noise costs
+_FULL_REACH = 74.0  # of the appearance statistics, from which on all features stand out of the noise (docs/log.md)
+_LEAST_PART = 1 / 2  # of the cosines an axis: fewer lose more than their noise costs
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def plan_at_noise(privacy: Privacy, train: Train, masks: Masks, training_noise: 
 def plan_features(study: Study) -> Study:
     """Return the study with everything that it leaves to planning filled in, from public constants alone.
 
-    ``train.appearance.coefficients``: one cosine for every 8 voxels of an axis, at most 8, times the root of how far
-    the statistics reach above their noise (:func:`medsynth.privacy.scale_law.reach`) beside the reach at which
-    all of them are worth their noise, at least two thirds. Few patients or a small epsilon so get fewer numbers with
+    ``train.appearance.coefficients``: one cosine for every 8 voxels of an axis, at most 8, times how far the
+    statistics reach above their noise (:func:`medsynth.privacy.scale_law.reach`) beside the reach at which all of
+    them are worth their noise, at least half. Few patients or a small epsilon so get fewer numbers with
     less noise in each. The choice reads no patient and costs nothing.
 
     Args:
@@ -123,7 +123,7 @@ def plan_features(study: Study) -> Study:
     if privacy.private and appearance.enabled:
         noise = _noise_of(_fixed_events(privacy, study.train, study.masks), "appearance")
         trained = privacy.declared_patients * (1 - study.ingest.test_fraction)
-        part = min(max(math.sqrt(reach(noise, trained, 1) / _FULL_REACH), _LEAST_PART), 1.0)
+        part = min(max(reach(noise, trained, 1) / _FULL_REACH, _LEAST_PART), 1.0)
     full = [min(size / _VOXELS_A_COSINE, _MOST_COSINES) for size in study.grid.shape]
     chosen = tuple(max(round(part * count), _LEAST_COSINES) for count in full)
     filled = appearance.model_copy(update={"coefficients": chosen})

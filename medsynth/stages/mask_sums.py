@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from medsynth.privacy.mechanism import GaussianSum
 
 # Weights balance, under one clip, entries of different length; all public.
-_COUNT_WEIGHT = 10.0
-_POSE_WEIGHT = 20.0
+_COUNT_WEIGHT = 6.0
+_POSE_WEIGHT = 10.0
 _LATER_COUNT_WEIGHT = 4.0
-_LATER_POSE_WEIGHT = 40.0
-_SQUARE_WEIGHT = 20.0
+_LATER_POSE_WEIGHT = 20.0
+_SQUARE_WEIGHT = 14.0
 _BAND_WEIGHT = 0.5
-_LATER_CLIP = 0.5  # of the first clip norm: patients differ from their mean by less than from public phantoms
+_LATER_CLIP = 0.6  # of the first clip norm: patients differ from their mean by less than from public phantoms
 _COUNT_SD = 0.1  # public belief: as many patients as declared, give or take a tenth
 _LEAST_COUNT = 0.25  # a noisy count below this share of the denominator is taken as this share
 _PLACE_VARIANCE, _STRETCH_VARIANCE = 0.06**2, 0.02  # public beliefs on the spread of poses

@@ -123,7 +123,16 @@ def test_a_vector_depends_on_its_own_image_alone_and_is_bounded() -> None:
     vectors = [layout.vector(image, label) for image, label in zip(images, labels, strict=True)]
     np.testing.assert_array_equal(vectors[2], layout.vector(images[2], labels[2]))
     assert all(vector[0] == vectors[0][0] > 0 for vector in vectors)
-    assert np.median([np.linalg.norm(vector) for vector in vectors]) < Appearance(coefficients=(4, 4)).clip_norm * 1.2
+    levels = Appearance(coefficients=(4, 4)).levels
+    assert all(np.linalg.norm(vector) < np.sqrt(0.25 + 2 * levels) for vector in vectors), "cosines are below sqrt(2)"
+
+
+def test_a_clip_that_shortens_all_vectors_alike_changes_nothing() -> None:
+    layout = space()
+    mean = np.mean([layout.vector(*pair) for pair in zip(*phantom_pairs(grid(2), 6, 0), strict=True)], axis=0)
+    whole, half = layout.statistics(mean, 0.0), layout.statistics(mean / 2, 0.0)
+    np.testing.assert_allclose(half.density, whole.density, rtol=1e-9)
+    assert not np.allclose(layout.statistics(np.append(mean[0], mean[1:] / 2), 0.0).density, whole.density)
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 100.0])

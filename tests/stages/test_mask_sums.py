@@ -74,10 +74,10 @@ def test_without_noise_they_are_the_patients_means_and_spread(rank: int, covaria
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_the_second_sum_sharpens_the_mean_of_the_first(rank: int) -> None:
-    """Taken around what was released before, it needs half the clip; its weight on the pose is twice that."""
+    """Taken around what was released before, it needs 0.6 of the clip; its weight on the pose is twice that."""
     study, labels = study_of(rank), one_organ(rank)
     sums = sums_of(study, 1.0)
-    assert sums.spread.clip_norm == pytest.approx(0.5 * sums.mean.clip_norm)
+    assert sums.spread.clip_norm == pytest.approx(0.6 * sums.mean.clip_norm)
     pose, shape = true_means(sums, labels)
     without = replace(sums, spread=replace(sums.spread, noise_multiplier=1e6))
     both, first = ([one.measure(labels, open_entropy("test_only")) for _ in range(12)] for one in (sums, without))
@@ -145,7 +145,7 @@ def test_a_noisy_count_is_believed_no_further_than_its_noise(monkeypatch: pytest
 
 def test_clip_norms_are_public_and_the_configuration_may_set_them() -> None:
     given = plan_sums(study_of(2, mean_clip_norm=3.0), ShapeSpace(study_of(2).grid, study_of(2).masks), 1.0)
-    assert (given.mean.clip_norm, given.spread.clip_norm) == (3.0, 1.5)
+    assert (given.mean.clip_norm, given.spread.clip_norm) == (3.0, pytest.approx(1.8))
     study = study_of(2)
     space = ShapeSpace(study.grid, study.masks)
     norms = [
