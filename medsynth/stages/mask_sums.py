@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 # Weights balance, under one clip, entries of different length; all public.
 _COUNT_WEIGHT = 6.0
-_POSE_WEIGHT = 10.0
+_POSE_WEIGHT = 14.0
 _LATER_COUNT_WEIGHT = 4.0
-_LATER_POSE_WEIGHT = 20.0
+_LATER_POSE_WEIGHT = 28.0
 _SQUARE_WEIGHT = 14.0
 _BAND_WEIGHT = 0.5
 _LATER_CLIP = 0.6  # of the first clip norm: patients differ from their mean by less than from public phantoms
@@ -76,7 +76,7 @@ class MaskSums:
         first = self.mean.release(self.first_vectors(labels), entropy)
         count = _believed(first[0] / _COUNT_WEIGHT, first_sd / _COUNT_WEIGHT)
         pose, shape = self._early(first / count)
-        shape = shape * self._kept(shape, first_sd / count / _band_weights(self.space))[self.space.bands]
+        shape = shape * self._kept(shape, first_sd / count)[self.space.bands]
         second = self.spread.release(self.second_vectors(labels, pose, shape), entropy)
         count_sds = (first_sd / _COUNT_WEIGHT, second_sd / _LATER_COUNT_WEIGHT)
         both = _joined(first[0] / _COUNT_WEIGHT, second[0] / _LATER_COUNT_WEIGHT, count_sds)
@@ -85,11 +85,9 @@ class MaskSums:
 
     def first_vectors(self, labels: Sequence[np.ndarray]) -> Iterator[Array]:
         """Yield (count, pose, shape) of each patient: the mean over the patient's records that show anything."""
-        weights = _band_weights(self.space)[self.space.bands]
         for records in logs.progress(labels, "measuring label maps", len(labels)):
             found = [
-                np.concatenate([[_COUNT_WEIGHT], pose * _POSE_WEIGHT, shape * weights])
-                for pose, shape in self._measured(records)
+                np.concatenate([[_COUNT_WEIGHT], pose * _POSE_WEIGHT, shape]) for pose, shape in self._measured(records)
             ]
             yield np.mean(found, axis=0) if found else np.zeros(self.mean.dimensions)
 
@@ -121,10 +119,10 @@ class MaskSums:
     def _early(self, first: Array) -> tuple[Array, Array]:
         """Return pose and shape of the first sum over the count."""
         cut = 1 + self.space.pose_size
-        return first[1:cut] / _POSE_WEIGHT, first[cut:] / _band_weights(self.space)[self.space.bands]
+        return first[1:cut] / _POSE_WEIGHT, first[cut:]
 
-    def _kept(self, shape: Array, noise: Array) -> Array:
-        """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` (plane * band,)."""
+    def _kept(self, shape: Array, noise: Array | float) -> Array:
+        """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` of each entry."""
         return signal_share(self.space.band_sums(shape), noise)
 
     def _read(
@@ -137,9 +135,8 @@ class MaskSums:
         pose, shape = self._early(first)
         pose_sds = (sds[0] / _POSE_WEIGHT, sds[1] / _LATER_POSE_WEIGHT)
         pose = _joined(pose, around[0] + second[1:cut] / _LATER_POSE_WEIGHT, pose_sds)
-        shape_sds = sds[0] / _band_weights(space)
-        shape = _joined(shape, around[1] + second[cut:start], (shape_sds[bands], sds[1]))
-        shape_sd = _joint_sd(shape_sds, sds[1])
+        shape = _joined(shape, around[1] + second[cut:start], sds)
+        shape_sd = _joint_sd(*sds)
         kept = self._kept(shape, shape_sd)
         shape = shape * kept[bands]
         # The squares were taken around a mean that is known better now: take the difference out.
@@ -208,7 +205,7 @@ def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> Mask
     pose, shape = poses.mean(0), shapes.mean(0)
     clip = later = _NO_CLIP
     if config.privacy.private:
-        rows = np.hstack([(poses - pose) * _POSE_WEIGHT, (shapes - shape) * _band_weights(space)[space.bands]])
+        rows = np.hstack([(poses - pose) * _POSE_WEIGHT, shapes - shape])
         norms = np.sqrt(np.square(rows).sum(1) + _COUNT_WEIGHT**2)
         clip = config.masks.mean_clip_norm or float(np.quantile(norms, _CLIP_QUANTILE))
         later = config.masks.spread_clip_norm or _LATER_CLIP * clip
@@ -230,12 +227,6 @@ def _second_size(space: ShapeSpace) -> int:
 def _noise_sd(mechanism: GaussianSum) -> float:
     """Return the standard deviation of the noise in each entry of what a sum releases."""
     return mechanism.noise_multiplier * mechanism.clip_norm / mechanism.denominator
-
-
-def _band_weights(space: ShapeSpace) -> Array:
-    """Return weights (plane * band,) of the first sum: what is sharp is weak in every shape and needs less clip."""
-    radius = (np.arange(space.bands_a_plane) + 0.5) / space.bands_a_plane
-    return np.tile(np.exp(-radius), space.planes)
 
 
 def _measured(space: ShapeSpace, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
