@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from medsynth.config import Study
     from medsynth.imaging.cohort import Patient
+    from medsynth.models.segmenter import Segmenter
 
 OUT = Path("build/samplers")
 SCHEDULERS = ("ddpm", "ddim", "pndm", "dpm-solver++", "unipc")
@@ -54,7 +55,7 @@ class Bench:
     study: Study
     run: Path
     test: list[Patient]
-    networks: list[nn.Module]
+    networks: list[Segmenter]
     real: list[float] | None
     known: list[Tensor]
     seeds: range
@@ -136,7 +137,7 @@ def _open(study: Study, run: Path, seeds: range, dice: bool) -> Bench:
     return Bench(study, run, test, networks, real, known, seeds, dice)
 
 
-def _train(study: Study, pool: Path, name: str, seed: int) -> nn.Module:
+def _train(study: Study, pool: Path, name: str, seed: int) -> Segmenter:
     import torch
 
     from medsynth.randomness import derive_seed
@@ -147,7 +148,7 @@ def _train(study: Study, pool: Path, name: str, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _dice(network: nn.Module, test: Sequence[Patient], study: Study) -> float:
+def _dice(network: Segmenter, test: Sequence[Patient], study: Study) -> float:
     import numpy as np
 
     from medsynth.metrics.overlap import patient_dice, patient_means

@@ -68,7 +68,7 @@ def save_segmenter(model: nn.Module, path: Path) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path)
 
 
-def load_segmenter(grid: Grid, segment: Segment, path: Path) -> nn.Module:
+def load_segmenter(grid: Grid, segment: Segment, path: Path) -> Segmenter:
     """Build the network and load its weights, ready to predict.
 
     Raises:
@@ -83,7 +83,7 @@ def load_segmenter(grid: Grid, segment: Segment, path: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
+def predict(model: Segmenter, images: Tensor, batch_size: int = 8) -> Tensor:
     """Return the most likely label of each voxel, cleaned as the study says (:meth:`Segmenter.clean`).
 
     Args:
@@ -95,7 +95,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 8) -> Tensor:
         Labels ``(record, *spatial)``, uint8, on the CPU.
     """
     labels = torch.cat([logits.argmax(dim=1).to(torch.uint8).cpu() for logits in _outputs(model, images, batch_size)])
-    return model.clean(labels) if isinstance(model, Segmenter) else labels
+    return model.clean(labels)
 
 
 @torch.no_grad()

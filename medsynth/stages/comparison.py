@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from medsynth import __version__, logs, store
@@ -22,7 +21,7 @@ from medsynth.config import Segment, Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
 from medsynth.imaging.cohort import Patient, load_pairs, load_patients, read_cases
-from medsynth.models.segmenter import load_segmenter
+from medsynth.models.segmenter import Segmenter, load_segmenter
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import derive_seed
 from medsynth.stages import comparison_page
@@ -265,7 +264,7 @@ def _protocol(bench: Bench, ruler: Ruler, study: Study, settings: Settings) -> P
 def _run(
     source: Source,
     bench: Bench,
-    judges: Sequence[torch.nn.Module],
+    judges: Sequence[Segmenter],
     sides: tuple[Crowd, Crowd],
     how: Statistician,
     count: int,

@@ -17,7 +17,7 @@ from medsynth.metrics.fidelity import crowd_discrepancy, frechet_distance, simil
 from medsynth.metrics.intervals import mean_of, paired_bootstrap, ratio_of, skill_of
 from medsynth.metrics.memorisation import centred, coarse, copies, nearness, relative_distances
 from medsynth.metrics.overlap import Estimate, constant_prediction, mean_shape, patient_means
-from medsynth.models.segmenter import bottleneck_features, predict
+from medsynth.models.segmenter import Segmenter, bottleneck_features, predict
 from medsynth.randomness import derive_seed, generator
 from medsynth.stages.comparison_schema import Fidelity, Kind, Measured, Memorisation, Scores, TrainingSet
 from medsynth.stages.comparison_trainings import MEASURES, Arm, Ruler, Trained, measures
@@ -113,12 +113,10 @@ def training_sets(
     return blind, [one(arm.kind, arm, tables_of(trained[arm]), [s.seed for s in trained[arm]]) for arm in order]
 
 
-def agreement(
-    networks: Sequence[torch.nn.Module], images: Tensor, labels: Tensor, label: str, how: Statistician
-) -> Scores:
+def agreement(networks: Sequence[Segmenter], images: Tensor, labels: Tensor, label: str, how: Statistician) -> Scores:
     """Return how well real-trained networks find the label maps in synthetic images; the unit is the pair."""
 
-    def table(network: torch.nn.Module) -> np.ndarray:
+    def table(network: Segmenter) -> np.ndarray:
         return label_agreement([lambda batch: predict(network, batch)], images, labels, len(how.labels))
 
     return how.scores(f"agreement/{label}", np.stack([table(network) for network in networks]))
@@ -132,7 +130,7 @@ class Crowd:
     features: tuple[Tensor, ...]
 
 
-def crowd_of(images: Tensor, networks: Sequence[torch.nn.Module]) -> Crowd:
+def crowd_of(images: Tensor, networks: Sequence[Segmenter]) -> Crowd:
     """Return images with their features in networks that were trained on all real patients."""
     return Crowd(images, tuple(bottleneck_features(network, images) for network in networks))
 

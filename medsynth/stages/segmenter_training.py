@@ -23,7 +23,7 @@ from medsynth.config import Grid, Segment
 from medsynth.errors import MedsynthError
 from medsynth.imaging.augmentation import strong_augmentation
 from medsynth.imaging.cohort import Patient
-from medsynth.models.segmenter import build_segmenter
+from medsynth.models.segmenter import Segmenter, build_segmenter
 
 _ROTATION_RAD, _SCALE, _SHIFT = 0.15, 0.10, 0.06  # largest affine changes; the shift in fractions of half an axis
 _GAIN, _OFFSET, _GAMMA, _NOISE = 0.2, 0.15, 0.35, 0.08  # largest intensity changes of an image in [-1, 1]
@@ -136,7 +136,7 @@ def _attempt(work: Callable[[Job, str], Result], job: Job, device: str) -> Resul
         raise MedsynthError(f"training of the segmenter '{job.name}' failed ({reason})") from error
 
 
-def train_segmenter(job: Training, device: torch.device) -> tuple[nn.Module, list[float]]:
+def train_segmenter(job: Training, device: torch.device) -> tuple[Segmenter, list[float]]:
     """Return a trained network and its loss at each step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(job.stream)
