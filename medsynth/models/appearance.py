@@ -99,7 +99,8 @@ class AppearanceSpace:
         """Read the released mean of :meth:`vector` (a sum over a public denominator) back into statistics.
 
         Args:
-            mean: the released vector; its first entry is the noisy ratio of patients to the denominator.
+            mean: the released vector; its first entry says, with noise, how many patients there are beside the
+                denominator and how far the clip shortened them.
             noise_sd: standard deviation of the noise in each entry (public), for shrinking.
         """
         scale = np.sqrt(self.grid.channels) / max(mean[0] / _COUNT_WEIGHT, _LEAST_COUNT)
