@@ -21,6 +21,7 @@ from scipy import ndimage
 from medsynth.config import Grid, Masks
 from medsynth.models.label_volumes import smooth_borders
 from medsynth.models.pose import Array, Pose, PoseFrame
+from medsynth.models.shrinkage import believed_occupancy
 
 _FRAME_SD = 2.6  # half width of the canonical frame in standard deviations of the foreground
 _FOREGROUND_AT = 0.45  # below one half, because truncated coefficients lose thin ends
@@ -39,8 +40,8 @@ class MaskStatistics:
         spread: ``diagonal``: (plane * band,) variance a coefficient in each band; ``full``: (plane * coefficient, rank)
             root of the covariance (see :func:`covariance_root`).
         noise: (3,) how large the privacy noise is beside the signal: expected error of the mean pose and of the mean
-            shape over how far patients are from them (root mean squares), and length of the noise in the variances
-            over theirs. Zeros without privacy.
+            shape (at most) over how far patients are from them (root mean squares), and length of the noise in the
+            variances over theirs. Zeros without privacy.
     """
 
     pose_mean: Array
@@ -79,8 +80,7 @@ class ShapeSpace:
     def shape_vector(self, label: NDArray[np.uint8], pose: Pose) -> Array:
         """Return the shape vector of a label map whose pose is ``pose``, relative to a public ball."""
         planes = [self._occupancy(label > 0), *(self._occupancy(label == k) for k in range(2, self.grid.classes))]
-        parts = [self.frame.compress(self.frame.enter(plane, pose)) for plane in planes]
-        return np.concatenate(parts) - self._public_centre
+        return self.shape_of(np.stack([self.frame.enter(plane, pose) for plane in planes]))
 
     def label_map(self, shape: Array, pose: Pose, ragged: Array | float = 0.0) -> NDArray[np.uint8]:
         """Return the label map of a shape under a pose (the inverse of the two vectors, up to truncation).
@@ -90,8 +90,7 @@ class ShapeSpace:
             pose: where it lies.
             ragged: (\\*spatial) added to the occupancy of the union, which falls from 1 to 0 across its surface.
         """
-        parts = (shape + self._public_centre).reshape(self.planes, -1)
-        planes = [self.frame.leave(self.frame.expand(part), pose) for part in parts]
+        planes = [self.frame.leave(volume, pose) for volume in self.volumes(shape)]
         label = (planes[0] + ragged >= _FOREGROUND_AT).astype(np.uint8)
         if self.planes > 1:
             others = np.stack(planes[1:])
@@ -118,9 +117,38 @@ class ShapeSpace:
         # Statistics that are all noise may have an empty mean shape: the public ball is left.
         return mean if mean.any() else self.label_map(np.zeros(self.shape_size), self.pose(np.zeros(self.pose_size)))
 
+    def volumes(self, shape: Array) -> Array:
+        """Return the occupancies (plane, \\*canonical) that a shape vector stands for."""
+        parts = (shape + self._public_centre).reshape(self.planes, -1)
+        return np.stack([self.frame.expand(part) for part in parts])
+
+    def shape_of(self, volumes: Array) -> Array:
+        """Return the shape vector of occupancies (plane, \\*canonical)."""
+        return np.concatenate([self.frame.compress(volume) for volume in volumes]) - self._public_centre
+
+    def believed_shape(self, shape: Array, noise_sd: Array, expected: Array) -> Array:
+        """Return the shape vector that a noisy one is read as, knowing that its planes are occupancies.
+
+        Args:
+            shape: (plane * coefficient,) noisy shape vector.
+            noise_sd: (plane * coefficient,) standard deviation of the noise in each entry.
+            expected: (plane * coefficient,) public shape vector.
+        """
+        if not noise_sd.any():
+            return shape
+        # Cosines are orthonormal: this is the standard deviation in each voxel.
+        sds = np.sqrt(np.square(noise_sd).reshape(self.planes, -1).sum(1) / np.prod(self.frame.shape))
+        guesses = np.clip(self.volumes(expected), 0, 1)
+        return self.shape_of(np.stack(list(map(believed_occupancy, self.volumes(shape), sds, guesses))))
+
     def band_sums(self, deviation: Array) -> Array:
         """Return the mean square of a deviation from the mean shape in each (plane, band)."""
         return np.bincount(self.bands, deviation**2, self.band_count) / self.band_sizes
+
+    @property
+    def ball_energy(self) -> float:
+        """Sum of squares of the shape vector's public centre, a ball."""
+        return float(np.square(self._public_centre).sum())
 
     @property
     def band_count(self) -> int:

@@ -3,9 +3,10 @@
 The first gives the mean pose and shape, measured from the mean of public phantoms. The second is taken around what
 the first released: what that still misses of the mean, which is short, so that its clip and with it its noise are
 small, and how patients differ. What both say of the mean is joined, and each statistic is pulled towards a public
-belief by the share that noise has in it.
+belief by the share that noise has in it. A mean shape is read as what it must be, occupancies.
 
-Sources: Wiener (1949) for the shrinkage of means; James and Stein (1961) for that of the pose's covariance.
+Sources: Wiener (1949) for the shrinkage of means; Robbins (1956) for the posterior mean of occupancies; James and Stein
+(1961) for the shrinkage of the pose's covariance.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ if TYPE_CHECKING:
 
 # Weights balance, under one clip, entries of different length; all public.
 _COUNT_WEIGHT = 6.0
-_POSE_WEIGHT = 14.0
+_POSE_WEIGHT = 10.0
 _LATER_COUNT_WEIGHT = 4.0
-_LATER_POSE_WEIGHT = 28.0
+_LATER_POSE_WEIGHT = 20.0
 _SQUARE_WEIGHT = 14.0
 _BAND_WEIGHT = 0.5
 _LATER_CLIP = 0.6  # of the first clip norm: patients differ from their mean by less than from public phantoms
 _COUNT_SD = 0.1  # public belief: as many patients as declared, give or take a tenth
 _LEAST_COUNT = 0.25  # a noisy count below this share of the denominator is taken as this share
 _PLACE_VARIANCE, _STRETCH_VARIANCE = 0.06**2, 0.02  # public beliefs on the spread of poses
-_FALL, _FALL_DOUBT = 4.3, 0.7  # of shapes' variances over the frequency bands: smooth shapes; how far to doubt it
+_SHAPE_VARIANCE = 0.03  # public belief: of all patients' shapes together, over the mean square of the public ball
+_FALL, _DOUBT = 4.3, 0.7  # of shapes' variances over the frequency bands: smooth shapes; how far to doubt both
 _LEAST_VARIANCE = 0.02
 _PHANTOMS = 64
 _CLIP_QUANTILE = 0.9
@@ -76,7 +78,7 @@ class MaskSums:
         first = self.mean.release(self.first_vectors(labels), entropy)
         count = _believed(first[0] / _COUNT_WEIGHT, first_sd / _COUNT_WEIGHT)
         pose, shape = self._early(first / count)
-        shape = shape * self._kept(shape, first_sd / count)[self.space.bands]
+        shape = self._read_shape(shape, self._kept(shape, first_sd / count), first_sd / count)
         second = self.spread.release(self.second_vectors(labels, pose, shape), entropy)
         count_sds = (first_sd / _COUNT_WEIGHT, second_sd / _LATER_COUNT_WEIGHT)
         both = _joined(first[0] / _COUNT_WEIGHT, second[0] / _LATER_COUNT_WEIGHT, count_sds)
@@ -125,11 +127,17 @@ class MaskSums:
         """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` of each entry."""
         return signal_share(self.space.band_sums(shape), noise)
 
+    def _read_shape(self, shape: Array, kept: Array, noise: Array | float) -> Array:
+        """Return what is left of a noisy mean shape (from that of the phantoms): each band's share, as occupancies."""
+        share = kept[self.space.bands]
+        left = np.sqrt(share) * noise  # what Wiener's filter leaves in doubt
+        return self.space.believed_shape(self.shape + shape * share, left, self.shape) - self.shape
+
     def _read(
         self, first: Array, second: Array, around: tuple[Array, Array], sds: tuple[float, float]
     ) -> MaskStatistics:
         """Return what both sums over the count say; ``around`` is what the second was taken around."""
-        space, bands, cut = self.space, self.space.bands, 1 + self.space.pose_size
+        space, cut = self.space, 1 + self.space.pose_size
         start = cut + space.shape_size
         end = start + space.pose_size**2
         pose, shape = self._early(first)
@@ -138,7 +146,7 @@ class MaskSums:
         shape = _joined(shape, around[1] + second[cut:start], sds)
         shape_sd = _joint_sd(*sds)
         kept = self._kept(shape, shape_sd)
-        shape = shape * kept[bands]
+        shape = self._read_shape(shape, kept, shape_sd)
         # The squares were taken around a mean that is known better now: take the difference out.
         square = second[start:end].reshape(space.pose_size, -1) / _SQUARE_WEIGHT
         square = square - np.outer(pose - around[0], pose - around[0])
@@ -180,12 +188,14 @@ class MaskSums:
         return result
 
     def _variances(self, measured: Array, sd: float) -> Array:
-        """Pull the variance a band towards the fall over frequencies that smooth shapes have, by the share of noise."""
+        """Pull variances to the fall over frequencies that smooth shapes have, its level to a public one, by noise."""
         count = self.space.bands_a_plane
         fall = np.tile(np.exp(-_FALL * (np.arange(count) + 0.5) / count), self.space.planes)
-        belief = max(float(measured @ fall / (fall @ fall)), _LEAST_VARIANCE) * fall
-        doubt = (_FALL_DOUBT * belief) ** 2
-        return np.maximum((measured * doubt + belief * sd**2) / (doubt + sd**2), 0)
+        power = float(fall @ fall)
+        public = _SHAPE_VARIANCE * self.space.ball_energy / float(fall @ self.space.band_sizes)
+        level = _pulled(float(measured @ fall) / power, sd / np.sqrt(power), public, _DOUBT * public)
+        belief = np.maximum(level, _LEAST_VARIANCE) * fall
+        return np.maximum(_pulled(measured, sd, belief, _DOUBT * belief), 0)
 
 
 def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> MaskSums:
@@ -250,8 +260,12 @@ def _public_vectors(grid: str, masks: str, seed: int) -> tuple[Array, Array]:
 
 def _believed(count: float, sd: float) -> float:
     """Return a noisy count over the denominator, pulled to 1 by the share that noise has in it."""
-    doubt = _COUNT_SD**2
-    return max(float((count * doubt + sd**2) / (doubt + sd**2)), _LEAST_COUNT)
+    return max(float(_pulled(count, sd, 1.0, _COUNT_SD)), _LEAST_COUNT)
+
+
+def _pulled(measured: Array | float, sd: float, belief: Array | float, doubt: Array | float) -> Array:
+    """Return the posterior mean of what was measured with noise of ``sd`` under a normal belief (mean, deviation)."""
+    return np.asarray((measured * np.square(doubt) + belief * sd**2) / (np.square(doubt) + sd**2))
 
 
 def _joint_sd(first: Array | float, second: Array | float) -> Array:

@@ -90,6 +90,32 @@ def test_the_second_sum_sharpens_the_mean_of_the_first(rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 3])
+def test_a_mean_shape_is_read_as_occupancies(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no organ can look like is noise: beside Wiener's filter alone the error falls by a tenth and more."""
+    study, labels = study_of(rank), one_organ(rank)
+    sums = sums_of(study, 0.5)
+    _, shape = true_means(sums, labels)
+
+    def error() -> float:
+        found = [sums.measure(labels, entropy) for entropy in [open_entropy("test_only")] for _ in range(8)]
+        return float(np.mean([np.linalg.norm(one.shape_mean - shape) for one in found]))
+
+    believed = error()
+    monkeypatch.setattr(ShapeSpace, "believed_shape", lambda self, shape, noise_sd, expected: shape)
+    assert believed < 0.9 * error()
+
+
+def test_the_level_of_spreads_is_believed_no_further_than_its_noise() -> None:
+    study, labels = study_of(2), one_organ(2)
+    truth = sums_of(study_of(2, float("inf")), 0.0).measure(labels, open_entropy("test_only")).spread
+    quiet = sums_of(study, 1e-8, clip_norm=1e3).measure(labels, open_entropy("test_only")).spread
+    np.testing.assert_allclose(quiet, truth, atol=0.01 * truth.max())
+    draws = [sums_of(study, 30.0).measure(labels, entropy) for entropy in [open_entropy("test_only")] for _ in range(8)]
+    loud = np.array([draw.spread.sum() for draw in draws])
+    assert loud.min() > 10 * truth.sum() and loud.max() < 1.2 * loud.min()
+
+
+@pytest.mark.parametrize("rank", [2, 3])
 def test_noise_that_drowns_everything_leaves_what_is_publicly_believed(rank: int) -> None:
     study, labels = study_of(rank), one_organ(rank)
     sums = sums_of(study, 10.0)
