@@ -15,6 +15,7 @@ from medsynth import config, store
 from medsynth.budgeting import require_run
 from medsynth.config import Study
 from medsynth.errors import StoreError
+from medsynth.models.shrinkage import joint_sd
 from medsynth.privacy.audit.finding import Finding as Audit
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger
@@ -159,7 +160,9 @@ def _noise(run: Path, study: Study, entries: Sequence[Record]) -> dict[str, floa
         from medsynth.models.drafting import open_drafting
 
         size = open_drafting(study.grid, study.train.appearance).size
-        # No mean is longer than the clip norm, which is chosen a little above what patients' vectors have.
+        again = _noise_sd(entries, "appearance_again")
+        appearance = appearance if again is None else float(joint_sd(appearance, again))
+        # No mean is longer than the clip norm, which is below what patients' vectors have.
         found["appearance"] = appearance * math.sqrt(size) / entry["sensitivity"]["clip_norms"]["appearance"]
     return found
 

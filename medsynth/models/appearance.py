@@ -24,8 +24,10 @@ from scipy.special import ndtr
 from medsynth.config import Appearance, Grid
 from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles, signed_distance
 from medsynth.models.pose import Array
+from medsynth.models.shrinkage import joined, joint_sd
 
 _COUNT_WEIGHT = 0.5  # of the entry that counts patients, under one clip with the rest
+_LATER_COUNT_WEIGHT = 0.3  # the same in the second vector
 _LEAST_COUNT = 0.2  # a noisy count below this share of the denominator is taken as this share
 _LEAST_DENSITY = 0.03  # of the even one: truncated and noisy series go below zero
 # Power of a density: takes away the grey values that truncation and noise add everywhere, but where features are few
@@ -95,6 +97,34 @@ class AppearanceSpace:
         moments = self._fit.vector(series, label) / np.sqrt(self.grid.channels)
         return np.concatenate([[_COUNT_WEIGHT], moments.reshape(-1)])
 
+    def centre(self, mean: Array, noise_sd: float) -> Array:
+        """Return what a released mean of :meth:`vector` says that vectors are, shrunk by its noise.
+
+        Args:
+            mean: as in :meth:`statistics`.
+            noise_sd: likewise.
+        """
+        scale = _scale(mean, _COUNT_WEIGHT)
+        return self._fit.shrunk(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale).reshape(-1)
+
+    def around(self, vector: Array, centre: Array) -> Array:
+        """Return a patient's vector measured around a released centre; zeros stay zeros."""
+        present = vector[0] / _COUNT_WEIGHT
+        return np.concatenate([[present * _LATER_COUNT_WEIGHT], vector[1:] - present * centre])
+
+    def joined(self, means: tuple[Array, Array], centre: Array, noise_sds: tuple[float, float]) -> tuple[Array, float]:
+        """Return the mean of :meth:`vector` that two released means say together, and the noise in it.
+
+        Args:
+            means: of :meth:`vector` and of :meth:`around`.
+            centre: what the second was measured around.
+            noise_sds: standard deviations of the noise in each entry of both.
+        """
+        scales = _scale(means[0], _COUNT_WEIGHT), _scale(means[1], _LATER_COUNT_WEIGHT)
+        sds = (noise_sds[0] * scales[0], noise_sds[1] * scales[1])
+        both = joined(means[0][1:] * scales[0], centre + means[1][1:] * scales[1], sds)
+        return np.concatenate([[_COUNT_WEIGHT], both]), float(joint_sd(*sds))
+
     def statistics(self, mean: Array, noise_sd: float) -> AppearanceStatistics:
         """Read the released mean of :meth:`vector` (a sum over a public denominator) back into statistics.
 
@@ -103,7 +133,7 @@ class AppearanceSpace:
                 denominator and how far the clip shortened them.
             noise_sd: standard deviation of the noise in each entry (public), for shrinking.
         """
-        scale = np.sqrt(self.grid.channels) / max(mean[0] / _COUNT_WEIGHT, _LEAST_COUNT)
+        scale = np.sqrt(self.grid.channels) * _scale(mean, _COUNT_WEIGHT)
         weights = self._fit.solve(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale)
         return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1))
 
@@ -138,6 +168,11 @@ class AppearanceSpace:
             total += weight * shown * _standard(noise)
             variance += np.square(weight * shown)
         return total / np.sqrt(variance)
+
+
+def _scale(mean: Array, count_weight: float) -> float:
+    """Return what undoes that fewer patients came than the denominator says, and that the clip shortened them."""
+    return float(1 / max(mean[0] / count_weight, _LEAST_COUNT))
 
 
 def waves(values: NDArray[np.floating], levels: int) -> Array:

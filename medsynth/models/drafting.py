@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,23 @@ class Drafting(Protocol):
 
     def render(self, label: NDArray[np.uint8], statistics: Any, rng: np.random.Generator) -> NDArray[np.float32]:
         """Return an image (channel, \\*spatial) in [-1, 1] of a label map."""
+        ...
+
+
+@runtime_checkable
+class TwiceMeasured(Drafting, Protocol):
+    """A layout whose vectors may be measured once more around what a first release says of them, with less noise."""
+
+    def centre(self, mean: Array, noise_sd: float) -> Array:
+        """Return what a released mean of vectors says that vectors are."""
+        ...
+
+    def around(self, vector: Array, centre: Array) -> Array:
+        """Return a patient's vector measured around a released centre, as long as before."""
+        ...
+
+    def joined(self, means: tuple[Array, Array], centre: Array, noise_sds: tuple[float, float]) -> tuple[Array, float]:
+        """Return the mean of vectors that both releases say together, and the noise in each of its entries."""
         ...
 
 

@@ -153,18 +153,21 @@ class LeastSquares:
         """Return the whitened moments (value, feature), about as long as the (weighted) root mean square."""
         return self.features.project(values, label) @ self._whiten
 
-    def solve(self, vectors: Array, noise_sd: float) -> Array:
-        """Return the weights (value, feature) of noisy mean vectors, each frequency band shrunk by its noise.
+    def shrunk(self, vectors: Array, noise_sd: float) -> Array:
+        """Return noisy mean vectors (value, feature), each frequency band shrunk by its noise.
 
         Wiener's filter (1949) with the signal's power taken from the noisy coefficients themselves.
         """
         groups = self.features.groups
         sizes = np.maximum(np.bincount(groups), 1)
-        weights = []
-        for vector in vectors:
-            power = np.bincount(groups, vector**2) / sizes
-            weights.append(self._whiten @ (vector * signal_share(power, noise_sd)[groups]))
-        return np.stack(weights)
+        powers = [np.bincount(groups, vector**2) / sizes for vector in vectors]
+        return np.stack(
+            [vector * signal_share(power, noise_sd)[groups] for vector, power in zip(vectors, powers, strict=True)]
+        )
+
+    def solve(self, vectors: Array, noise_sd: float) -> Array:
+        """Return the weights (value, feature) of noisy mean vectors, :meth:`shrunk`."""
+        return self.shrunk(vectors, noise_sd) @ self._whiten
 
 
 def whitening(gram: Array, ridge: float) -> Array:

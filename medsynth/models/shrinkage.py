@@ -46,3 +46,23 @@ def believed_occupancy(noisy: Array, noise_sd: float, expected: Array) -> Array:
     chances += np.stack([norm.logpdf(noisy, 0, sd), norm.logpdf(noisy, 1, sd), np.log(inside)])
     values = np.stack([kept * noisy, 1 + kept * (noisy - 1), between])
     return np.asarray((softmax(chances, axis=0) * values).sum(0))
+
+
+def joint_sd(first: Array | float, second: Array | float) -> Array:
+    """Return the standard deviation of :func:`joined`."""
+    return np.sqrt(_weight(first, second)) * first
+
+
+def joined(first: Array, second: Array, sds: tuple[Array | float, Array | float]) -> Array:
+    """Return the mean of two noisy measurements of the same, each weighted by the inverse of its variance.
+
+    Without noise it is the second, which was measured around the first and corrects it.
+    """
+    weight = _weight(*sds)
+    return np.asarray(weight * first + (1 - weight) * second)
+
+
+def _weight(first: Array | float, second: Array | float) -> Array:
+    """Return the weight of the first of two measurements of these standard deviations."""
+    total = np.square(first) + np.square(second)
+    return np.asarray(np.divide(np.square(second), total, out=np.zeros(np.shape(total)), where=total > 0))

@@ -37,7 +37,8 @@ class BudgetPlan:
 
     Attributes:
         masks_noise_multiplier: of EACH of the :data:`MASK_SUMS` noisy sums; 0 where there is no such mechanism.
-        appearance_noise_multiplier: of the one noisy sum of intensities; 0 where there is none.
+        appearance_noise_multiplier: of EACH of the noisy sums of intensities (:func:`appearance_sums`); 0 where there
+            are none.
         training_noise_multiplier: of each DP-SGD step; 0 where there is none.
         events: the events of each stage by name (``masks``, ``appearance``, ``training``); absent stages are absent.
         epsilon: what all events cost together, in all declared trials (rounded up), at most the promise.
@@ -122,12 +123,22 @@ def plan_features(study: Study) -> Study:
     part = 1.0
     if privacy.private and appearance.enabled:
         noise = _noise_of(_fixed_events(privacy, study.train, study.masks), "appearance")
+        noise /= math.sqrt(appearance_sums(privacy, study.train))  # as if one sum had all of it
         trained = privacy.declared_patients * (1 - study.ingest.test_fraction)
         part = min(max(reach(noise, trained, 1) / _FULL_REACH, _LEAST_PART), 1.0)
     full = [min(size / _VOXELS_A_COSINE, _MOST_COSINES) for size in study.grid.shape]
     chosen = tuple(max(round(part * count), _LEAST_COSINES) for count in full)
     filled = appearance.model_copy(update={"coefficients": chosen})
     return study.model_copy(update={"train": study.train.model_copy(update={"appearance": filled})})
+
+
+def appearance_sums(privacy: Privacy, train: Train) -> int:
+    """Return how many noisy sums tell the appearance; they split its share of mu^2 equally.
+
+    Two, the second around what the first released, but one for products of coefficients (factors), which have no such
+    centre, and without privacy, where the first has no noise to mend.
+    """
+    return 2 if privacy.private and not train.appearance.factors else 1
 
 
 def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: float) -> int:
@@ -196,7 +207,9 @@ def _fixed_events(privacy: Privacy, train: Train, masks: Masks) -> Mapping[str, 
     if drawn:
         events["masks"] = (Event("gaussian", math.sqrt(MASK_SUMS * total / shares.masks) / mu, count=MASK_SUMS),)
     if train.appearance.enabled:
-        events["appearance"] = (Event("gaussian", math.sqrt(total / shares.appearance) / mu),)
+        count = appearance_sums(privacy, train)
+        noise = math.sqrt(count * total / shares.appearance) / mu
+        events["appearance"] = (Event("gaussian", noise, count=count),)
     return events
 
 

@@ -24,6 +24,7 @@ from medsynth.privacy.gradients import open_backend
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd, GaussianSum
 from medsynth.stages import masks, private_training, train
+from medsynth.stages.appearance_sums import AppearanceSums
 from medsynth.stages.training_job import Job
 from medsynth.tracking import Tracker
 
@@ -40,20 +41,20 @@ class Executed:
     """The mechanisms of the study as the ledger says that they ran."""
 
     masks: bool
-    appearance: GaussianSum | None
+    appearance: tuple[GaussianSum, ...]
     training: DpSgd | None
 
 
 def executed(config: Study, inputs: Mapping[str, Path]) -> Executed:
     """Read the mechanisms behind ``masks/`` and ``generator/`` from the ledger; none of them without privacy."""
     if not config.privacy.private:
-        return Executed(False, None, None)
+        return Executed(False, (), None)
     entries = {entry["id"]: entry for entry in Ledger(inputs["ledger"]).entries()}
     named = [entries[name] for name in store.read_manifest(inputs["generator"]).ledger_entries]
     space = open_drafting(config.grid, config.train.appearance)
-    appearance = [_sum(entry, space.size) for entry in named if entry["mechanisms"] == ["gaussian_sum:appearance"]]
+    appearance = [_sums(entry, space.size) for entry in named if entry["mechanisms"][0] == "gaussian_sum:appearance"]
     training = [_sgd(entry) for entry in named if entry["mechanisms"] == ["dp_sgd:denoiser"]]
-    return Executed(config.masks.source == "statistics", next(iter(appearance), None), next(iter(training), None))
+    return Executed(config.masks.source == "statistics", next(iter(appearance), ()), next(iter(training), None))
 
 
 def audit_mechanisms(
@@ -90,7 +91,7 @@ def _canaries(config: Study, ran: Executed) -> Iterator[Finding]:
     if settings.step:
         logs.say("audit: one step, with and without a canary", repeats=settings.repeats)
         if ran.masks or ran.appearance:
-            plan = ran.appearance or GaussianSum("noisy sums", 1, 1.0, 1.0, 1.0)
+            plan = ran.appearance[0] if ran.appearance else GaussianSum("noisy sums", 1, 1.0, 1.0, 1.0)
             yield step.audit_sum(plan, entropy, repeats=settings.repeats)
         if ran.training:
             yield step.audit_sgd(ran.training, entropy, repeats=settings.repeats)
@@ -111,12 +112,12 @@ def _replays(job: Job, ran: Executed, built: Generator, patients: list[Patient])
             masks.rerun(job.config, [p for number, p in enumerate(cohort) if number != missing], wrap)
 
         yield replay.audit_sums(run_masks, neighbours, "masks")
-    if (mechanism := ran.appearance) is not None:
+    if ran.appearance:
         space = train.appearance_space(job)
 
         def run_appearance(missing: int | None, wrap: replay.Wrap) -> None:
             left = [patient for number, patient in enumerate(cohort) if number != missing]
-            wrap(mechanism).release(train.appearance_vectors(left, space), open_entropy("test_only"))
+            AppearanceSums(space, tuple(map(wrap, ran.appearance))).measure(left, open_entropy("test_only"))
 
         yield replay.audit_sums(run_appearance, neighbours, "appearance")
     if ran.training is not None:
@@ -153,9 +154,13 @@ def hostile_patients(like: Patient) -> list[Patient]:
     ]
 
 
-def _sum(entry: Record, size: int) -> GaussianSum:
-    (name, clip_norm), event = next(iter(entry["sensitivity"]["clip_norms"].items())), entry["events"][0]
-    return GaussianSum(name, size, clip_norm, event["noise_multiplier"], entry["denominators"][name])
+def _sums(entry: Record, size: int) -> tuple[GaussianSum, ...]:
+    names = [mechanism.partition(":")[2] for mechanism in entry["mechanisms"]]
+    norms, denominators = entry["sensitivity"]["clip_norms"], entry["denominators"]
+    return tuple(
+        GaussianSum(name, size, norms[name], event["noise_multiplier"], denominators[name])
+        for name, event in zip(names, entry["events"], strict=True)
+    )
 
 
 def _sgd(entry: Record) -> DpSgd:

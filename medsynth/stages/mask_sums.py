@@ -22,7 +22,7 @@ from medsynth import logs
 from medsynth.config import Grid, Masks, Study
 from medsynth.models.mask_generator import MaskStatistics, ShapeSpace, covariance_root, positive_part
 from medsynth.models.pose import Array
-from medsynth.models.shrinkage import signal_share
+from medsynth.models.shrinkage import joined, joint_sd, signal_share
 from medsynth.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class MaskSums:
         shape = self._read_shape(shape, self._kept(shape, first_sd / count), first_sd / count)
         second = self.spread.release(self.second_vectors(labels, pose, shape), entropy)
         count_sds = (first_sd / _COUNT_WEIGHT, second_sd / _LATER_COUNT_WEIGHT)
-        both = _joined(first[0] / _COUNT_WEIGHT, second[0] / _LATER_COUNT_WEIGHT, count_sds)
-        count = _believed(float(both), float(_joint_sd(*count_sds)))
+        both = joined(first[0] / _COUNT_WEIGHT, second[0] / _LATER_COUNT_WEIGHT, count_sds)
+        count = _believed(float(both), float(joint_sd(*count_sds)))
         return self._read(first / count, second / count, (pose, shape), (first_sd / count, second_sd / count))
 
     def first_vectors(self, labels: Sequence[np.ndarray]) -> Iterator[Array]:
@@ -142,9 +142,9 @@ class MaskSums:
         end = start + space.pose_size**2
         pose, shape = self._early(first)
         pose_sds = (sds[0] / _POSE_WEIGHT, sds[1] / _LATER_POSE_WEIGHT)
-        pose = _joined(pose, around[0] + second[1:cut] / _LATER_POSE_WEIGHT, pose_sds)
-        shape = _joined(shape, around[1] + second[cut:start], sds)
-        shape_sd = _joint_sd(*sds)
+        pose = joined(pose, around[0] + second[1:cut] / _LATER_POSE_WEIGHT, pose_sds)
+        shape = joined(shape, around[1] + second[cut:start], sds)
+        shape_sd = joint_sd(*sds)
         kept = self._kept(shape, shape_sd)
         shape = self._read_shape(shape, kept, shape_sd)
         # The squares were taken around a mean that is known better now: take the difference out.
@@ -157,7 +157,7 @@ class MaskSums:
             root = covariance_root(matrix, min(_FULL_RANK, space.shape_size))
             return MaskStatistics(self.pose + pose, covariance, self.shape + shape, root)
         spread = self._variances(spread, spread_sd)
-        noises = (_joint_sd(*pose_sds), np.sqrt(kept) * shape_sd, spread_sd)
+        noises = (joint_sd(*pose_sds), np.sqrt(kept) * shape_sd, spread_sd)
         return MaskStatistics(
             self.pose + pose, covariance, self.shape + shape, spread, self._noise(covariance, spread, noises)
         )
@@ -266,23 +266,3 @@ def _believed(count: float, sd: float) -> float:
 def _pulled(measured: Array | float, sd: float, belief: Array | float, doubt: Array | float) -> Array:
     """Return the posterior mean of what was measured with noise of ``sd`` under a normal belief (mean, deviation)."""
     return np.asarray((measured * np.square(doubt) + belief * sd**2) / (np.square(doubt) + sd**2))
-
-
-def _joint_sd(first: Array | float, second: Array | float) -> Array:
-    """Return the standard deviation of :func:`_joined`."""
-    return np.sqrt(_weight(first, second)) * first
-
-
-def _joined(first: Array, second: Array, sds: tuple[Array | float, Array | float]) -> Array:
-    """Return the mean of two noisy measurements of the same, each weighted by the inverse of its variance.
-
-    Without noise it is the second, which was measured around the first and corrects it.
-    """
-    weight = _weight(*sds)
-    return np.asarray(weight * first + (1 - weight) * second)
-
-
-def _weight(first: Array | float, second: Array | float) -> Array:
-    """Return the weight of the first of two measurements of these standard deviations."""
-    total = np.square(first) + np.square(second)
-    return np.asarray(np.divide(np.square(second), total, out=np.zeros(np.shape(total)), where=total > 0))

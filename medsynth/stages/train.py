@@ -1,6 +1,6 @@
 """Stage ``train``: the mask-conditioned denoiser, pre-trained on public phantoms, then moved by patients under DP-SGD.
 
-Order of events: appearance statistics (one Gaussian mechanism) dress the phantoms; the denoiser learns from them,
+Order of events: appearance statistics (one or two noisy sums) dress the phantoms; the denoiser learns from them,
 which costs nothing more; then a few parameters take T noisy steps on patients. A killed run goes on within its
 reservation: finished steps are kept, started ones are lost, fresh noise is drawn.
 """
@@ -11,9 +11,9 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,18 +36,15 @@ from medsynth.models.autoencoder import load_codec
 from medsynth.models.drafting import Drafting, open_drafting
 from medsynth.randomness import generator
 from medsynth.stages import private_training
+from medsynth.stages.appearance_sums import plan_sums
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.masks import load_masks
 from medsynth.stages.training_job import LOG_EVERY, STATE, Job
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
-if TYPE_CHECKING:
-    from medsynth.imaging.cohort import Patient
-
 _PRETRAINED = "pretrained.safetensors"
 _GRAM_MAPS = 48  # label maps that stand for the patients' in the least squares of appearance
-_NO_CLIP = 1e12
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
@@ -154,21 +151,16 @@ def _dresser(job: Job, state: dict[str, Any]) -> Callable[[np.ndarray, np.random
 def _appearance(job: Job, space: Drafting, state: dict[str, Any]) -> None:
     """Release the appearance statistics of the patients (once; a resumed run reads them back)."""
     from medsynth.privacy.entropy import open_entropy
-    from medsynth.privacy.mechanism import GaussianSum
 
     path = job.folder / APPEARANCE
     if "appearance" not in state["entries"] and path.is_file():
         before = job.ledger.completed(job.digest, job.parents, {APPEARANCE: store.digest_file(path)})
         state["entries"] |= {"appearance": before} if before else {}
     if "appearance" not in state["entries"]:
-        config = job.config
-        denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
-        noise = job.plan.appearance_noise_multiplier
-        mechanism = GaussianSum("appearance", space.size, _appearance_clip(job), noise, denominator)
-        entry = job.reserve([mechanism], resume=True)
-        mean = mechanism.release(appearance_vectors(job.patients(), space), open_entropy(config.privacy.entropy))
+        sums = plan_sums(job.config, space, job.plan.appearance_noise_multiplier)
+        entry = job.reserve(sums.mechanisms, resume=True)
         released = io.BytesIO()
-        np.savez(released, **vars(space.statistics(mean, noise * mechanism.clip_norm / denominator)))
+        np.savez(released, **vars(sums.measure(job.patients(), open_entropy(job.config.privacy.entropy))))
         # Completed before anything is on disk, as in stage masks: no kill buys a second release.
         job.ledger.complete(entry, {APPEARANCE: hashlib.sha256(released.getvalue()).hexdigest()})
         path.write_bytes(released.getvalue())
@@ -176,22 +168,11 @@ def _appearance(job: Job, space: Drafting, state: dict[str, Any]) -> None:
         job.save(state)
 
 
-def appearance_vectors(patients: Iterable[Patient], space: Drafting) -> Iterator[np.ndarray]:
-    """Yield one vector a patient, the mean over the patient's records."""
-    for patient in patients:
-        records = zip(patient.images.numpy(), patient.labels.numpy(), strict=True)
-        yield np.mean([space.vector(image, label) for image, label in records], axis=0)
-
-
 def appearance_space(job: Job) -> Drafting:
     """Return the layout of the appearance statistics, with label maps of the stage ``masks`` and no patient's."""
     source = load_masks(job.inputs["masks"])
     maps = [source.draw(job.seed("appearance-map", index)) for index in range(_GRAM_MAPS)]
     return open_drafting(job.config.grid, job.config.train.appearance, maps)
-
-
-def _appearance_clip(job: Job) -> float:
-    return job.config.train.appearance.clip_norm if job.config.privacy.private else _NO_CLIP
 
 
 def _phantom_latents(

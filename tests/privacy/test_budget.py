@@ -43,16 +43,16 @@ def test_shares_of_mu_squared_are_kept() -> None:
     shares = Shares(masks=2, appearance=1, training=1)
     plan = plan_budget(_privacy(shares=shares), TRAIN, Masks())
     assert MASK_SUMS / plan.masks_noise_multiplier**2 == pytest.approx(plan.mu**2 / 2)
-    assert 1 / plan.appearance_noise_multiplier**2 == pytest.approx(plan.mu**2 / 4)
+    assert 2 / plan.appearance_noise_multiplier**2 == pytest.approx(plan.mu**2 / 4)
 
 
 def test_without_training_the_statistics_spend_everything() -> None:
     shares, nothing = Shares(masks=2, appearance=3, training=5), Train(steps=0)
     plan = plan_budget(_privacy(shares=shares), nothing, Masks())
     assert MASK_SUMS / plan.masks_noise_multiplier**2 == pytest.approx(plan.mu**2 * 2 / 5, rel=2e-3)
-    assert 1 / plan.appearance_noise_multiplier**2 == pytest.approx(plan.mu**2 * 3 / 5, rel=2e-3)
+    assert 2 / plan.appearance_noise_multiplier**2 == pytest.approx(plan.mu**2 * 3 / 5, rel=2e-3)
     alone = plan_budget(_privacy(shares=shares), nothing, Masks(source="public_shapes"))
-    assert 1 / alone.appearance_noise_multiplier == pytest.approx(alone.mu, rel=1e-3)
+    assert math.sqrt(2) / alone.appearance_noise_multiplier == pytest.approx(alone.mu, rel=1e-3)
     for one in (plan, alone):
         assert 0.99 * 8 <= one.epsilon <= 8
 

@@ -98,7 +98,7 @@ def test_it_writes_a_generator_and_nothing_else(
     assert set(manifest.files) == {WEIGHTS, "generator.json", APPEARANCE}
     entries = {entry["id"]: entry for entry in Ledger(inputs["ledger"]).entries()}
     assert [entries[name]["mechanisms"] for name in manifest.ledger_entries] == [
-        ["gaussian_sum:appearance"],
+        ["gaussian_sum:appearance", "gaussian_sum:appearance_again"],
         ["dp_sgd:denoiser"],
     ]
     assert all(entry["status"] == "complete" for entry in entries.values())
@@ -115,7 +115,10 @@ def test_a_study_of_drafts_releases_statistics_alone(
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert set(manifest.files) == {WEIGHTS, "generator.json", APPEARANCE} and manifest.sensitivity == "released"
     (reserved,) = [entry for entry in Ledger(inputs["ledger"]).entries() if entry["id"] in manifest.ledger_entries]
-    assert reserved["mechanisms"] == ["gaussian_sum:appearance"] and reserved["status"] == "complete"
+    assert (
+        reserved["mechanisms"] == ["gaussian_sum:appearance", "gaussian_sum:appearance_again"]
+        and reserved["status"] == "complete"
+    )
     assert load_generator(inputs["generator"], inputs["autoencoder"]).dresser is not None
     with pytest.raises(ConfigError, match="never uses"):
         config.parse({**tiny_settings, **quick, "synthesise": {"start": 1}})

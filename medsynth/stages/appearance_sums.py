@@ -1,0 +1,90 @@
+"""The noisy sums behind the statistics of appearance, and how they are read back.
+
+The first is of patients' vectors; the second, where the layout allows it, of the same vectors measured around what the
+first released. They are shorter, so that a smaller clip norm, and with it less noise, loses no more of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medsynth.config import Study
+from medsynth.models.drafting import Drafting, TwiceMeasured
+from medsynth.models.pose import Array
+
+if TYPE_CHECKING:
+    from medsynth.imaging.cohort import Patient
+    from medsynth.privacy.entropy import Entropy
+    from medsynth.privacy.mechanism import GaussianSum
+
+_LATER_CLIP = 0.6  # of the first clip norm: patients differ from their mean by less than from nothing
+_NO_CLIP = 1e12  # a study without privacy has nothing to bound
+
+
+@dataclass(frozen=True)
+class AppearanceSums:
+    """The mechanisms and the public layout of their vectors; holds no data.
+
+    Attributes:
+        space: from a patient to a vector, and from released means to statistics.
+        mechanisms: the first sum and, where there is one, the second.
+    """
+
+    space: Drafting
+    mechanisms: tuple[GaussianSum, ...]
+
+    def measure(self, patients: Iterable[Patient], entropy: Entropy) -> Any:
+        """Release the sums and return the statistics that they say.
+
+        Args:
+            patients: whose images and labels are measured.
+            entropy: where the noise comes from.
+        """
+        vectors, first = list(self._vectors(patients)), self.mechanisms[0]
+        mean, sd = first.release(vectors, entropy), _noise_sd(first)
+        if len(self.mechanisms) == 1:
+            return self.space.statistics(mean, sd)
+        space, second = self.space, self.mechanisms[1]
+        assert isinstance(space, TwiceMeasured)  # as planned
+        centre = space.centre(mean, sd)
+        again = second.release((space.around(vector, centre) for vector in vectors), entropy)
+        return space.statistics(*space.joined((mean, again), centre, (sd, _noise_sd(second))))
+
+    def _vectors(self, patients: Iterable[Patient]) -> Iterator[Array]:
+        """Yield one vector a patient, the mean over the patient's records."""
+        for patient in patients:
+            records = zip(patient.images.numpy(), patient.labels.numpy(), strict=True)
+            yield np.mean([self.space.vector(image, label) for image, label in records], axis=0)
+
+
+def plan_sums(config: Study, space: Drafting, noise_multiplier: float) -> AppearanceSums:
+    """Return the mechanisms, from public constants.
+
+    Args:
+        config: sections ``privacy``, ``ingest``, ``train``.
+        space: the layout.
+        noise_multiplier: of each of them.
+    """
+    from medsynth.privacy.budget import appearance_sums
+    from medsynth.privacy.mechanism import GaussianSum
+
+    denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
+    clip = config.train.appearance.clip_norm if config.privacy.private else _NO_CLIP
+    names = {"appearance": clip, "appearance_again": _LATER_CLIP * clip}
+    count = appearance_sums(config.privacy, config.train)
+    return AppearanceSums(
+        space,
+        tuple(
+            GaussianSum(name, space.size, norm, noise_multiplier, denominator)
+            for name, norm in list(names.items())[:count]
+        ),
+    )
+
+
+def _noise_sd(mechanism: GaussianSum) -> float:
+    """Return the standard deviation of the noise in each entry of what a sum releases."""
+    return mechanism.noise_multiplier * mechanism.clip_norm / mechanism.denominator
