@@ -1,10 +1,11 @@
 """What images look like given their label map, as one vector of statistics a patient.
 
-The mean of that vector over patients is released by one Gaussian mechanism. It gives the distribution of grey values
-at each voxel of a label map: coefficients of a cosine series in the grey value, each a least-squares fit on features of
-position and distance. An image is drawn by reading one smooth random field as quantiles of these distributions. Where
-patients show either of two tissues the image shows one or the other with an edge between them, not their average
-under noise. Label maps dressed with it are public from then on, and any number of them may train the denoiser.
+The mean of that vector over patients is released by two noisy sums, the second around the first. It gives the
+distribution of grey values at each voxel of a label map: coefficients of a cosine series in the grey value, each a
+least-squares fit on features of position and distance. An image is drawn by reading one smooth random field as
+quantiles of these distributions. Where patients show either of two tissues the image shows one or the other with an
+edge between them, not their average under noise. Label maps dressed with it are public from then on, and any number of
+them may train the denoiser.
 
 Sources: orthogonal series for densities, Chentsov (1962); a Gaussian field read as quantiles, Nelsen (2006), ch. 2.
 """
