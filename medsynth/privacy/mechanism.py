@@ -65,6 +65,11 @@ class GaussianSum:
         _require_positive(self.name, clip_norm=self.clip_norm, denominator=self.denominator)
         _require_noise(self.name, self.noise_multiplier)
 
+    @property
+    def noise_sd(self) -> float:
+        """Standard deviation of the noise in each entry of what :meth:`release` returns."""
+        return self.noise_multiplier * self.clip_norm / self.denominator
+
     def event(self) -> Event:
         """Return what one release costs."""
         return Event("gaussian", self.noise_multiplier) if self.noise_multiplier else Event("nonprivate")

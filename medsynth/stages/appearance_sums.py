@@ -45,14 +45,14 @@ class AppearanceSums:
             entropy: where the noise comes from.
         """
         vectors, first = list(self._vectors(patients)), self.mechanisms[0]
-        mean, sd = first.release(vectors, entropy), _noise_sd(first)
+        mean, sd = first.release(vectors, entropy), first.noise_sd
         if len(self.mechanisms) == 1:
             return self.space.statistics(mean, sd)
         space, second = self.space, self.mechanisms[1]
         assert isinstance(space, TwiceMeasured)  # as planned
         centre = space.centre(mean, sd)
         again = second.release((space.around(vector, centre) for vector in vectors), entropy)
-        return space.statistics(*space.joined((mean, again), centre, (sd, _noise_sd(second))))
+        return space.statistics(*space.joined((mean, again), centre, (sd, second.noise_sd)))
 
     def _vectors(self, patients: Iterable[Patient]) -> Iterator[Array]:
         """Yield one vector a patient, the mean over the patient's records."""
@@ -83,8 +83,3 @@ def plan_sums(config: Study, space: Drafting, noise_multiplier: float) -> Appear
             for name, norm in list(names.items())[:count]
         ),
     )
-
-
-def _noise_sd(mechanism: GaussianSum) -> float:
-    """Return the standard deviation of the noise in each entry of what a sum releases."""
-    return mechanism.noise_multiplier * mechanism.clip_norm / mechanism.denominator

@@ -74,7 +74,7 @@ class MaskSums:
             labels: one array (record, \\*spatial) of integers a patient.
             entropy: where the noise comes from.
         """
-        first_sd, second_sd = _noise_sd(self.mean), _noise_sd(self.spread)
+        first_sd, second_sd = self.mean.noise_sd, self.spread.noise_sd
         first = self.mean.release(self.first_vectors(labels), entropy)
         count = _believed(first[0] / _COUNT_WEIGHT, first_sd / _COUNT_WEIGHT)
         pose, shape = self._early(first / count)
@@ -232,11 +232,6 @@ def _second_size(space: ShapeSpace) -> int:
     first = 1 + space.pose_size + space.shape_size
     wide = space.settings.covariance == "full"
     return first + space.pose_size**2 + (space.shape_size**2 if wide else space.band_count)
-
-
-def _noise_sd(mechanism: GaussianSum) -> float:
-    """Return the standard deviation of the noise in each entry of what a sum releases."""
-    return mechanism.noise_multiplier * mechanism.clip_norm / mechanism.denominator
 
 
 def _measured(space: ShapeSpace, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
