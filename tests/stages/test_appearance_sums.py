@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from medsynth.imaging.cohort import Patient
 from medsynth.imaging.phantom import sample_label_maps
 from medsynth.models.appearance import AppearanceSpace
 from medsynth.models.drafting import TwiceMeasured, open_drafting
-from medsynth.privacy.entropy import open_entropy
+from medsynth.privacy.entropy import Entropy, open_entropy
+from medsynth.privacy.mechanism import GaussianSum
 from medsynth.stages.appearance_sums import AppearanceSums, plan_sums
 
 PATIENTS = 24  # 0.8 of those declared
@@ -105,3 +107,22 @@ def test_factors_and_studies_without_privacy_have_one_sum() -> None:
     photographs = sums_of(study_of(2, channels=3, factors=2), 1.0)
     assert [one.name for one in photographs.mechanisms] == ["appearance"]
     assert not isinstance(photographs.space, TwiceMeasured)
+
+
+def test_the_second_vector_of_a_patient_depends_on_releases_and_himself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured around anything that was not released, it would move with the other patients."""
+    study = study_of(2)
+    sums, patients = sums_of(study, 1.0), patients_of(study)[:4]
+    first = np.concatenate([[0.5], np.linspace(-0.1, 0.1, sums.space.size - 1)])
+    seen: list[list[np.ndarray]] = []
+
+    def release(self: GaussianSum, units: Iterable[np.ndarray], entropy: Entropy) -> np.ndarray:
+        vectors = list(units)
+        if self.name == "appearance_again":
+            seen.append(vectors)
+        return first  # the same transcript for both cohorts
+
+    monkeypatch.setattr(GaussianSum, "release", release)
+    for cohort in (patients, patients[1:]):
+        sums.measure(cohort, open_entropy("test_only"))
+    np.testing.assert_array_equal(seen[0][1:], seen[1])
