@@ -207,6 +207,11 @@ class Masks(Section):
         0.0,
         description="voxels (standard deviation) by which drawn surfaces are ragged, as those that people outline are",
     )
+    reader_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="of a network that learns from phantoms to read a noisy mean shape of one organ, where noise is "
+        "large enough to matter; 0: each voxel is read by itself",
+    )
 
 
 class Appearance(Section):

@@ -119,8 +119,11 @@ class ShapeSpace:
 
     def volumes(self, shape: Array) -> Array:
         """Return the occupancies (plane, \\*canonical) that a shape vector stands for."""
-        parts = (shape + self._public_centre).reshape(self.planes, -1)
-        return np.stack([self.frame.expand(part) for part in parts])
+        return np.stack([self.frame.expand(part.reshape(-1)) for part in self.coefficients_of(shape)])
+
+    def coefficients_of(self, shape: Array) -> Array:
+        """Return the cosine coefficients (plane, \\*coefficient) of the occupancies that a shape vector stands for."""
+        return (shape + self._public_centre).reshape(self.planes, *self.settings.coefficients)
 
     def shape_of(self, volumes: Array) -> Array:
         """Return the shape vector of occupancies (plane, \\*canonical)."""

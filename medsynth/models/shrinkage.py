@@ -14,7 +14,7 @@ from medsynth.models.pose import Array
 
 _EMPTY, _FULL = 0.8, 0.15  # public: chance of exactly 0 where nothing is expected, of exactly 1 where everything is
 _NEVER = 1e-300
-_RINGING = 0.03  # standard deviation of what truncated cosine series add to empty and full voxels
+RINGING = 0.03  # standard deviation of what truncated cosine series add to empty and full voxels
 
 
 def signal_share(power: Array, noise_sd: Array | float) -> Array:
@@ -35,13 +35,13 @@ def believed_occupancy(noisy: Array, noise_sd: float, expected: Array) -> Array:
     """
     if noise_sd <= 0:
         return noisy
-    sd = np.hypot(noise_sd, _RINGING)
+    sd = np.hypot(noise_sd, RINGING)
     empty, full = _EMPTY * (1 - expected), _FULL * expected
     far = np.maximum(noisy, 1 - noisy)  # seen from the side where the difference does not cancel
     inside = np.maximum(norm.cdf((1 - far) / noise_sd) - norm.cdf(-far / noise_sd), _NEVER)
     lean = noise_sd * (norm.pdf(noisy / noise_sd) - norm.pdf((1 - noisy) / noise_sd))
     between = np.clip(noisy + lean / inside, 0, 1)
-    kept = (_RINGING / sd) ** 2
+    kept = (RINGING / sd) ** 2
     chances = np.log(np.maximum(np.stack([empty, full, 1 - empty - full]), _NEVER))
     chances += np.stack([norm.logpdf(noisy, 0, sd), norm.logpdf(noisy, 1, sd), np.log(inside)])
     values = np.stack([kept * noisy, 1 + kept * (noisy - 1), between])

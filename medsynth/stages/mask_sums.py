@@ -3,7 +3,8 @@
 The first gives the mean pose and shape, measured from the mean of public phantoms. The second is taken around what
 the first released: what that still misses of the mean, which is short, so that its clip and with it its noise are
 small, and how patients differ. What both say of the mean is joined, and each statistic is pulled towards a public
-belief by the share that noise has in it. A mean shape is read as what it must be, occupancies.
+belief by the share that noise has in it. A mean shape is read as what it must be, occupancies, or by a network that
+learnt from phantoms what organs look like.
 
 Sources: Wiener (1949) for the shrinkage of means; Robbins (1956) for the posterior mean of occupancies; James and Stein
 (1961) for the shrinkage of the pose's covariance.
@@ -22,10 +23,11 @@ from medsynth import logs
 from medsynth.config import Grid, Masks, Study
 from medsynth.models.mask_generator import MaskStatistics, ShapeSpace, covariance_root, positive_part
 from medsynth.models.pose import Array
-from medsynth.models.shrinkage import joined, joint_sd, signal_share
+from medsynth.models.shrinkage import RINGING, joined, joint_sd, signal_share
 from medsynth.randomness import derive_seed
 
 if TYPE_CHECKING:
+    from medsynth.models.shape_reader import ShapeReader
     from medsynth.privacy.entropy import Entropy
     from medsynth.privacy.mechanism import GaussianSum
 
@@ -44,6 +46,8 @@ _SHAPE_VARIANCE = 0.03  # public belief: of all patients' shapes together, over 
 _FALL, _DOUBT = 4.3, 0.7  # of shapes' variances over the frequency bands: smooth shapes; how far to doubt both
 _LEAST_VARIANCE = 0.02
 _PHANTOMS = 64
+_READER_PHANTOMS = 600
+_READER_ROOM = 1.4  # noise that the reader learns goes so far beyond what is planned: the count is noisy, too
 _CLIP_QUANTILE = 0.9
 _FULL_RANK = 150
 _NO_CLIP = 1e12  # a study without privacy has nothing to bound
@@ -59,6 +63,7 @@ class MaskSums:
         shape: (plane * coefficient,) their mean shape.
         mean: the first sum: count, pose and shape.
         spread: the second: count, the same once more around what the first released, and their squares.
+        reader: reads a noisy mean shape; None: each voxel is read by itself.
     """
 
     space: ShapeSpace
@@ -66,6 +71,7 @@ class MaskSums:
     shape: Array
     mean: GaussianSum
     spread: GaussianSum
+    reader: ShapeReader | None = None
 
     def measure(self, labels: Sequence[np.ndarray], entropy: Entropy) -> MaskStatistics:
         """Release both sums and return what they say.
@@ -127,8 +133,10 @@ class MaskSums:
         """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` of each entry."""
         return signal_share(self.space.band_sums(shape), noise)
 
-    def _read_shape(self, shape: Array, kept: Array, noise: Array | float) -> Array:
+    def _read_shape(self, shape: Array, kept: Array, noise: float) -> Array:
         """Return what is left of a noisy mean shape (from that of the phantoms): each band's share, as occupancies."""
+        if self.reader is not None:
+            return self.reader.read(self.space, self.shape + shape, noise) - self.shape
         share = kept[self.space.bands]
         left = np.sqrt(share) * noise  # what Wiener's filter leaves in doubt
         return self.space.believed_shape(self.shape + shape * share, left, self.shape) - self.shape
@@ -144,7 +152,7 @@ class MaskSums:
         pose_sds = (sds[0] / _POSE_WEIGHT, sds[1] / _LATER_POSE_WEIGHT)
         pose = joined(pose, around[0] + second[1:cut] / _LATER_POSE_WEIGHT, pose_sds)
         shape = joined(shape, around[1] + second[cut:start], sds)
-        shape_sd = joint_sd(*sds)
+        shape_sd = float(joint_sd(*sds))
         kept = self._kept(shape, shape_sd)
         shape = self._read_shape(shape, kept, shape_sd)
         # The squares were taken around a mean that is known better now: take the difference out.
@@ -209,9 +217,8 @@ def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> Mask
     from medsynth.privacy.mechanism import GaussianSum
 
     denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
-    poses, shapes = _public_vectors(
-        config.grid.model_dump_json(), config.masks.model_dump_json(), config.encode.phantoms.seed
-    )
+    public = config.grid.model_dump_json(), config.masks.model_dump_json(), config.encode.phantoms.seed
+    poses, shapes = _public_vectors(*public, _PHANTOMS)
     pose, shape = poses.mean(0), shapes.mean(0)
     clip = later = _NO_CLIP
     if config.privacy.private:
@@ -219,13 +226,14 @@ def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> Mask
         norms = np.sqrt(np.square(rows).sum(1) + _COUNT_WEIGHT**2)
         clip = config.masks.mean_clip_norm or float(np.quantile(norms, _CLIP_QUANTILE))
         later = config.masks.spread_clip_norm or _LATER_CLIP * clip
-    return MaskSums(
-        space,
-        pose,
-        shape,
-        GaussianSum("mask_means", 1 + space.pose_size + space.shape_size, clip, noise_multiplier, denominator),
-        GaussianSum("mask_spread", _second_size(space), later, noise_multiplier, denominator),
-    )
+    mean = GaussianSum("mask_means", 1 + space.pose_size + space.shape_size, clip, noise_multiplier, denominator)
+    spread = GaussianSum("mask_spread", _second_size(space), later, noise_multiplier, denominator)
+    least = float(joint_sd(mean.noise_sd, spread.noise_sd))
+    in_a_voxel = least * np.sqrt(np.prod(space.frame.coefficients) / np.prod(space.frame.shape))
+    reader = None
+    if config.masks.reader_steps and in_a_voxel > RINGING:
+        reader = _public_reader(*public, least / _READER_ROOM, mean.noise_sd * _READER_ROOM)
+    return MaskSums(space, pose, shape, mean, spread, reader)
 
 
 def _second_size(space: ShapeSpace) -> int:
@@ -243,14 +251,25 @@ def _measured(space: ShapeSpace, records: np.ndarray) -> Iterator[tuple[Array, A
 
 
 @lru_cache(maxsize=8)  # audits plan the same sums many times
-def _public_vectors(grid: str, masks: str, seed: int) -> tuple[Array, Array]:
+def _public_vectors(grid: str, masks: str, seed: int, count: int) -> tuple[Array, Array]:
     """Return poses and shapes (phantom, entry) of public phantoms."""
     from medsynth.imaging.phantom import sample_label_maps
 
     public = Grid.model_validate_json(grid)
-    labels = sample_label_maps(public, _PHANTOMS, derive_seed(seed, "masks", "clip"))
+    labels = sample_label_maps(public, count, derive_seed(seed, "masks", "clip"))
     poses, shapes = zip(*_measured(ShapeSpace(public, Masks.model_validate_json(masks)), labels), strict=True)
     return np.stack(poses), np.stack(shapes)
+
+
+@lru_cache(maxsize=4)
+def _public_reader(grid: str, masks: str, seed: int, least: float, most: float) -> ShapeReader:
+    """Return a reader of mean shapes for noise between ``least`` and ``most`` (standard deviation of an entry)."""
+    from medsynth.models.shape_reader import fit_reader
+
+    settings = Masks.model_validate_json(masks)
+    space = ShapeSpace(Grid.model_validate_json(grid), settings)
+    _, shapes = _public_vectors(grid, masks, derive_seed(seed, "masks", "reader"), _READER_PHANTOMS)
+    return fit_reader(space, shapes, (least, most), settings.reader_steps, derive_seed(seed, "masks", "reader", "fit"))
 
 
 def _believed(count: float, sd: float) -> float:

@@ -9,9 +9,11 @@ import pytest
 
 from medsynth.config import Appearance, Grid, Masks, Privacy, Study, Train
 from medsynth.imaging.phantom import sample_label_maps
+from medsynth.models import shape_reader
 from medsynth.models.mask_generator import MaskStatistics, ShapeSpace
 from medsynth.privacy.entropy import Entropy, open_entropy
 from medsynth.privacy.mechanism import GaussianSum
+from medsynth.stages import mask_sums
 from medsynth.stages.mask_sums import MaskSums, plan_sums
 
 PATIENTS = 24  # 0.8 of those declared
@@ -181,3 +183,52 @@ def test_clip_norms_are_public_and_the_configuration_may_set_them() -> None:
         )
     ]
     assert 0.6 < np.mean(np.array(norms) <= plan_sums(study, space, 1.0).mean.clip_norm) < 1
+
+
+@pytest.fixture
+def quick_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_sums, "_READER_PHANTOMS", 40)
+    monkeypatch.setattr(shape_reader, "_COHORTS", 256)
+
+
+def test_a_reader_is_fitted_only_where_noise_is_large_enough_to_matter(quick_reader: None) -> None:
+    assert sums_of(study_of(2), 1.0).reader is None
+    with_one = study_of(2, reader_steps=3)
+    assert sums_of(with_one, 0.001).reader is None
+    assert sums_of(with_one, 1.0).reader is sums_of(with_one, 1.0).reader is not None  # an audit plans often
+
+
+def test_a_reader_brings_the_mean_shape_nearer_to_the_patients(quick_reader: None) -> None:
+    study, labels = study_of(2, reader_steps=200), one_organ(2)
+    sums = sums_of(study, 2.5)
+    _, shape = true_means(sums, labels)
+
+    def error(one: MaskSums) -> float:
+        found = [one.measure(labels, entropy) for entropy in [open_entropy("test_only")] for _ in range(8)]
+        return float(np.mean([np.linalg.norm(draw.shape_mean - shape) for draw in found]))
+
+    assert error(sums) < 0.9 * error(replace(sums, reader=None))
+
+
+@pytest.mark.parametrize("reader_steps", [0, 3])
+def test_the_second_sum_is_measured_around_a_release_alone(
+    reader_steps: int, quick_reader: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first released decides its centre: another cohort with the same release has the same centre."""
+    sums = sums_of(study_of(2, reader_steps=reader_steps), 1.0)
+    released = sums.mean.release(sums.first_vectors(one_organ(2)), open_entropy("test_only"))
+    centres: list[np.ndarray] = []
+    release, second = GaussianSum.release, MaskSums.second_vectors
+
+    def same(self: GaussianSum, units: object, entropy: Entropy) -> np.ndarray:
+        return released if self.name == "mask_means" else release(self, units, entropy)  # type: ignore[arg-type]
+
+    def watched(self: MaskSums, labels: list[np.ndarray], *centre: np.ndarray) -> object:
+        centres.append(np.concatenate(centre))
+        return second(self, labels, *centre)
+
+    monkeypatch.setattr(GaussianSum, "release", same)
+    monkeypatch.setattr(MaskSums, "second_vectors", watched)
+    for labels in (one_organ(2), one_organ(2, seed=5)[:7]):
+        sums.measure(labels, open_entropy("test_only"))
+    np.testing.assert_array_equal(*centres)
