@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from monai.networks.nets import UNet
+from monai.networks.nets.unet import UNet
 from scipy import fft
 from torch import Tensor, nn
 from torch.nn import functional
