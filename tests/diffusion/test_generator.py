@@ -67,6 +67,9 @@ def test_a_generator_survives_the_disk(
     save_codec(built.codec, study.grid, study.encode, tmp_path)
     save_generator(built, study.grid, tmp_path)
     again = load_generator(tmp_path, tmp_path)
+    # What is loaded is frozen; on some processors torch takes another kernel, and rounds otherwise, where it is not.
+    built.denoiser.requires_grad_(False)
+    built.codec.requires_grad_(False)
     assert torch.equal(again.render(labels(study), [1, 2], HOW), built.render(labels(study), [1, 2], HOW))
     assert not any(p.requires_grad for p in again.denoiser.parameters()) and not again.denoiser.training
 
