@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,28 @@ def each_slice_is_a_vector(original: Any) -> Any:
 )
 def each_slice_is_a_vector_of_the_second_sum(original: Any) -> Any:
     return lambda sums, labels, *around: original(sums, [row[None] for rows in labels for row in rows], *around)
+
+
+AROUND_A_RELEASE = "test_the_second_vector_of_a_patient_depends_on_releases_and_himself_alone"
+
+
+@takes_out("stages.mask_sums.MaskSums.second_vectors", (), f"stages/test_mask_sums.py::{AROUND_A_RELEASE}")
+def label_maps_are_measured_again_around_the_patients(original: Any) -> Any:
+    def without(sums: Any, labels: Any, *_: Any) -> Any:
+        first = list(sums.first_vectors(labels))
+        return original(sums, labels, *sums._early(sum(first) / len(first)))
+
+    return without
+
+
+@takes_out("stages.appearance_sums.AppearanceSums.measure", (), f"stages/test_appearance_sums.py::{AROUND_A_RELEASE}")
+def appearance_is_measured_again_around_the_patients(original: Any) -> Any:
+    def without(sums: Any, patients: Any, entropy: Any) -> Any:
+        vectors, space = list(sums._vectors(patients)), copy(sums.space)
+        space.centre = lambda *_: (sum(vectors) / len(vectors))[1:]
+        return original(replace(sums, space=space), patients, entropy)
+
+    return without
 
 
 @takes_out(
