@@ -215,8 +215,8 @@ def _verdict(study: Study, found: BudgetPlan, count: int) -> str:
 
 
 def _reach(study: Study, found: BudgetPlan) -> float:
-    patients = study.privacy.declared_patients * (1 - study.ingest.test_fraction)
-    return reach(found.training_noise_multiplier, study.train.sampling_rate * patients, study.train.steps)
+    batch = study.train.sampling_rate * study.declared_in_training
+    return reach(found.training_noise_multiplier, batch, study.train.steps)
 
 
 def _comparison(study: Study) -> Table:

@@ -76,6 +76,11 @@ class Study(Section):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
 
+    @property
+    def declared_in_training(self) -> float:
+        """Return how many of the declared patients train: public; sums over patients are divided by it."""
+        return self.privacy.declared_patients * (1 - self.ingest.test_fraction)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         dims = self.grid.spatial_dims

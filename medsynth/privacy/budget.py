@@ -124,8 +124,7 @@ def plan_features(study: Study) -> Study:
     if privacy.private and appearance.enabled:
         noise = _noise_of(_fixed_events(privacy, study.train, study.masks), "appearance")
         noise /= math.sqrt(appearance_sums(privacy, study.train))  # as if one sum had all of it
-        trained = privacy.declared_patients * (1 - study.ingest.test_fraction)
-        part = min(max(reach(noise, trained, 1) / _FULL_REACH, _LEAST_PART), 1.0)
+        part = min(max(reach(noise, study.declared_in_training, 1) / _FULL_REACH, _LEAST_PART), 1.0)
     full = [min(size / _VOXELS_A_COSINE, _MOST_COSINES) for size in study.grid.shape]
     chosen = tuple(max(round(part * count), _LEAST_COSINES) for count in full)
     filled = appearance.model_copy(update={"coefficients": chosen})

@@ -24,6 +24,9 @@ from medsynth.privacy.entropy import Entropy
 if TYPE_CHECKING:
     from torch import Tensor
 
+NO_CLIP = 1e12
+"""Clip norm that bounds nothing: of a study without privacy, and of the broken mechanisms that audits must catch."""
+
 _BLOCK = 2**15  # values that get their noise at a time
 
 ROUNDING_SLACK = 2.0**-18

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from medsynth.privacy.mechanism import GaussianSum
 
 _LATER_CLIP = 0.6  # of the first clip norm: patients differ from their mean by less than from nothing
-_NO_CLIP = 1e12  # a study without privacy has nothing to bound
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,15 @@ def plan_sums(config: Study, space: Drafting, noise_multiplier: float) -> Appear
         noise_multiplier: of each of them.
     """
     from medsynth.privacy.budget import appearance_sums
-    from medsynth.privacy.mechanism import GaussianSum
+    from medsynth.privacy.mechanism import NO_CLIP, GaussianSum
 
-    denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
-    clip = config.train.appearance.clip_norm if config.privacy.private else _NO_CLIP
+    clip = config.train.appearance.clip_norm if config.privacy.private else NO_CLIP
     names = {"appearance": clip, "appearance_again": _LATER_CLIP * clip}
     count = appearance_sums(config.privacy, config.train)
     return AppearanceSums(
         space,
         tuple(
-            GaussianSum(name, space.size, norm, noise_multiplier, denominator)
+            GaussianSum(name, space.size, norm, noise_multiplier, config.declared_in_training)
             for name, norm in list(names.items())[:count]
         ),
     )

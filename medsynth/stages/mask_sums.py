@@ -50,7 +50,6 @@ _READER_PHANTOMS = 600
 _READER_ROOM = 1.4  # noise that the reader learns goes so far beyond what is planned: the count is noisy, too
 _CLIP_QUANTILE = 0.9
 _FULL_RANK = 150
-_NO_CLIP = 1e12  # a study without privacy has nothing to bound
 
 
 @dataclass(frozen=True)
@@ -214,13 +213,13 @@ def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> Mask
         space: the layout.
         noise_multiplier: of each of both sums.
     """
-    from medsynth.privacy.mechanism import GaussianSum
+    from medsynth.privacy.mechanism import NO_CLIP, GaussianSum
 
-    denominator = config.privacy.declared_patients * (1 - config.ingest.test_fraction)
+    denominator = config.declared_in_training
     public = config.grid.model_dump_json(), config.masks.model_dump_json(), config.encode.phantoms.seed
     poses, shapes = _public_vectors(*public, _PHANTOMS)
     pose, shape = poses.mean(0), shapes.mean(0)
-    clip = later = _NO_CLIP
+    clip = later = NO_CLIP
     if config.privacy.private:
         rows = np.hstack([(poses - pose) * _POSE_WEIGHT, shapes - shape])
         norms = np.sqrt(np.square(rows).sum(1) + _COUNT_WEIGHT**2)

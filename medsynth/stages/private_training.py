@@ -84,7 +84,7 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     from medsynth.privacy.mechanism import DpSgd
     from medsynth.privacy.preflight import refuse_modules
 
-    settings, privacy = job.config.train, job.config.privacy
+    settings = job.config.train
     model = built.denoiser.train()
     refuse_modules(model)
     public = public_batches(job, built)
@@ -92,7 +92,7 @@ def train_privately(job: Job, built: Generator, state: dict[str, Any]) -> None:
     # A run that goes on takes the norm that was reserved: computed again, its last digit may differ.
     clip_norm = settings.clip_norm or _reserved_norm(job, state) or _public_gradient_norm(model, public)
     backend, evidence = _checked_backend(job, model, public, clip_norm)
-    trained = privacy.declared_patients * (1 - job.config.ingest.test_fraction)
+    trained = job.config.declared_in_training
     mechanism = DpSgd(
         name="denoiser",
         sampling_rate=settings.sampling_rate,

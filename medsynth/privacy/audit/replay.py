@@ -18,7 +18,7 @@ from torch import Tensor
 from medsynth.privacy.audit.finding import Control, Finding
 from medsynth.privacy.entropy import Entropy, open_entropy
 from medsynth.privacy.gradients import Backend, Batch
-from medsynth.privacy.mechanism import DpSgd, GaussianSum
+from medsynth.privacy.mechanism import NO_CLIP, DpSgd, GaussianSum
 from medsynth.privacy.preflight import CLIP_TOLERANCE
 
 ALLOWED = 1 + CLIP_TOLERANCE
@@ -26,7 +26,6 @@ ALLOWED = 1 + CLIP_TOLERANCE
 # of a clip norm each (3e-7 measured).
 ALLOWED_TOGETHER = 1 + 1e-5
 _SEED = 1
-_NO_CLIP = 1e12
 _TOO_WIDE = 1.26
 _SHOWS = (
     "With one patient more or less, {number} times and with hostile patients among them, the mechanism of this very "
@@ -144,7 +143,7 @@ def audit_steps(plan: DpSgd, backend: Backend, units: Units, count: int, neighbo
     value = max(replay_step(plan, backend, units, count, patient) for patient in neighbours)
     hostile = neighbours[-2:]
     controls = {
-        "no clip": max(replay_step(plan, backend.at(_NO_CLIP), units, count, patient) for patient in hostile),
+        "no clip": max(replay_step(plan, backend.at(NO_CLIP), units, count, patient) for patient in hostile),
         "mean over the real batch": _replay_alone(plan, backend, units(neighbours[0])),
     }
     allowed = ALLOWED if backend.name == "unit" else ALLOWED_TOGETHER

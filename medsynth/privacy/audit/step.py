@@ -20,7 +20,7 @@ from medsynth.privacy.audit.bounds import epsilon_lower_bound
 from medsynth.privacy.audit.finding import Control, Finding
 from medsynth.privacy.entropy import Entropy
 from medsynth.privacy.gradients import add_clipped
-from medsynth.privacy.mechanism import DpSgd, GaussianSum
+from medsynth.privacy.mechanism import NO_CLIP, DpSgd, GaussianSum
 
 AddClipped = Callable[[Sequence[Tensor], Sequence[Tensor | None], float], float]
 Call = Callable[[bool], NDArray[np.float64]]
@@ -47,7 +47,9 @@ def audit_sum(plan: GaussianSum, entropy: Entropy, *, repeats: int) -> Finding:
     """Audit the code of a noisy sum; see :func:`audit_step`."""
     audited = replace(plan, dimensions=_AXES, noise_multiplier=AUDITED_NOISE[plan.kind])
     half = replace(audited, noise_multiplier=audited.noise_multiplier / 2)
-    unclipped = replace(audited, clip_norm=1e12, noise_multiplier=audited.noise_multiplier * audited.clip_norm / 1e12)
+    unclipped = replace(
+        audited, clip_norm=NO_CLIP, noise_multiplier=audited.noise_multiplier * audited.clip_norm / NO_CLIP
+    )
     longer = replace(
         audited,
         clip_norm=audited.clip_norm * _NORM_ERROR,
@@ -65,7 +67,7 @@ def audit_sgd(plan: DpSgd, entropy: Entropy, *, repeats: int) -> Finding:
     half = replace(audited, noise_multiplier=audited.noise_multiplier / 2)
     calls = {
         "half the noise": sgd_call(half, entropy),
-        "no clip": sgd_call(audited, entropy, lambda sums, part, _: add_clipped(sums, part, 1e12)),
+        "no clip": sgd_call(audited, entropy, lambda sums, part, _: add_clipped(sums, part, NO_CLIP)),
         "norms 1.26 times too large": sgd_call(
             audited, entropy, lambda sums, part, clip: add_clipped(sums, part, clip * _NORM_ERROR)
         ),
