@@ -1,4 +1,4 @@
-"""Few steps: schedulers and numbers of steps on ONE trained generator, same label maps and seeds; see ``--help``.
+"""Few steps: schedulers and numbers of steps on ONE trained generator, same label maps and seeds.
 
     python -m pipelines.samplers RUN --out build/samplers --dice
 

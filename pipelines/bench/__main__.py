@@ -1,4 +1,4 @@
-"""Time, memory and correctness of private training steps against a plain one; see ``--help``.
+"""Time, memory and correctness of private training steps against a plain one.
 
     python -m pipelines.bench [--config 2d-16-n64] [--engine bookkeeping] [--threads 1] [--rounds 21] [--resume]
 

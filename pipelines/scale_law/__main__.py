@@ -1,4 +1,4 @@
-"""The law of scale on phantom cohorts: skill of DP-SGD by patients, epsilon and trainable parameters; see ``--help``.
+"""The law of scale on phantom cohorts: skill of DP-SGD by patients, epsilon and trainable parameters.
 
     python -m pipelines.scale_law [--out build/scale-law] [--quick]
 
