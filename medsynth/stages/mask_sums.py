@@ -83,7 +83,7 @@ class MaskSums:
         first = self.mean.release(self.first_vectors(labels), entropy)
         count = _believed(first[0] / _COUNT_WEIGHT, first_sd / _COUNT_WEIGHT)
         pose, shape = self._early(first / count)
-        shape = self._read_shape(shape, self._kept(shape, first_sd / count), first_sd / count)
+        shape = self._read_shape(shape, first_sd / count)
         second = self.spread.release(self.second_vectors(labels, pose, shape), entropy)
         count_sds = (first_sd / _COUNT_WEIGHT, second_sd / _LATER_COUNT_WEIGHT)
         both = joined(first[0] / _COUNT_WEIGHT, second[0] / _LATER_COUNT_WEIGHT, count_sds)
@@ -132,11 +132,11 @@ class MaskSums:
         """Return what Wiener's filter keeps of each band, its share of signal; ``noise`` of each entry."""
         return signal_share(self.space.band_sums(shape), noise)
 
-    def _read_shape(self, shape: Array, kept: Array, noise: float) -> Array:
+    def _read_shape(self, shape: Array, noise: float) -> Array:
         """Return what is left of a noisy mean shape (from that of the phantoms): each band's share, as occupancies."""
         if self.reader is not None:
             return self.reader.read(self.space, self.shape + shape, noise) - self.shape
-        share = kept[self.space.bands]
+        share = self._kept(shape, noise)[self.space.bands]
         left = np.sqrt(share) * noise  # what Wiener's filter leaves in doubt
         return self.space.believed_shape(self.shape + shape * share, left, self.shape) - self.shape
 
@@ -152,8 +152,8 @@ class MaskSums:
         pose = joined(pose, around[0] + second[1:cut] / _LATER_POSE_WEIGHT, pose_sds)
         shape = joined(shape, around[1] + second[cut:start], sds)
         shape_sd = float(joint_sd(*sds))
-        kept = self._kept(shape, shape_sd)
-        shape = self._read_shape(shape, kept, shape_sd)
+        shape_noise = np.sqrt(self._kept(shape, shape_sd)) * shape_sd
+        shape = self._read_shape(shape, shape_sd)
         # The squares were taken around a mean that is known better now: take the difference out.
         square = second[start:end].reshape(space.pose_size, -1) / _SQUARE_WEIGHT
         square = square - np.outer(pose - around[0], pose - around[0])
@@ -164,7 +164,7 @@ class MaskSums:
             root = covariance_root(matrix, min(_FULL_RANK, space.shape_size))
             return MaskStatistics(self.pose + pose, covariance, self.shape + shape, root)
         spread = self._variances(spread, spread_sd)
-        noises = (joint_sd(*pose_sds), np.sqrt(kept) * shape_sd, spread_sd)
+        noises = (joint_sd(*pose_sds), shape_noise, spread_sd)
         return MaskStatistics(
             self.pose + pose, covariance, self.shape + shape, spread, self._noise(covariance, spread, noises)
         )
