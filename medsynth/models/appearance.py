@@ -27,8 +27,8 @@ from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles,
 from medsynth.models.pose import Array
 from medsynth.models.shrinkage import joined, joint_sd
 
-_COUNT_WEIGHT = 0.5  # of the entry that counts patients, under one clip with the rest
-_LATER_COUNT_WEIGHT = 0.3  # the same in the second vector
+_COUNT_WEIGHT = 0.35  # of the entry that counts patients, under one clip with the rest
+_LATER_COUNT_WEIGHT = 0.2  # the same in the second vector
 _LEAST_COUNT = 0.2  # a noisy count below this share of the denominator is taken as this share
 _LEAST_DENSITY = 0.03  # of the even one: truncated and noisy series go below zero
 # Power of a density: takes away the grey values that truncation and noise add everywhere, but where features are few

@@ -25,7 +25,7 @@ from scipy.special import ndtr
 
 from medsynth.config import Appearance, Grid
 from medsynth.models.appearance import cumulative, quantile, waves
-from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance, whitening
+from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance
 from medsynth.models.pose import Array
 from medsynth.models.shrinkage import signal_share
 
@@ -221,7 +221,7 @@ class FactorSpace:
             smooth = np.mean([a @ a.T / a.shape[1] for a, _ in pairs], axis=0)
             rest = np.mean([b @ b.T / b.shape[1] for _, b in pairs], axis=0)
         slow = smooth[np.ix_(self._slow, self._slow)]
-        return whitening(smooth, _RIDGE), whitening(slow, _RIDGE), whitening(rest, _REST_RIDGE)
+        return _whitening(smooth, _RIDGE), _whitening(slow, _RIDGE), _whitening(rest, _REST_RIDGE)
 
     def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> list[tuple[int, Array]]:
         """Return for each opposing colour its row and whitened features."""
@@ -267,6 +267,12 @@ class FactorSpace:
             values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
             planes.append(quantile(cumulative(values).astype(np.float32), rank))
         return np.stack(planes).astype(float)
+
+
+def _whitening(gram: Array, ridge: float) -> Array:
+    """Return the symmetric root of the inverse of a Gram matrix; ``ridge`` of its mean square is added first."""
+    values, vectors = np.linalg.eigh(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
 
 
 def _grid_waves(grid: Grid, counts: Sequence[int]) -> tuple[Singles, Array]:

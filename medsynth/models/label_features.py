@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.optimize import isotonic_regression
 
 from medsynth.config import Grid
 from medsynth.models.pose import Array, Pose, PoseFrame
@@ -25,7 +26,8 @@ _WIDE_SD, _NARROW_SD = 4.0, 2.5  # half widths of the frames; beyond them the co
 _FADE = 2.0  # voxels outside the foreground over which position alone fades in: what is beside must not show inside
 _FADES_FROM = 6  # cosines along the frame's finest axis; fewer tell too little of the inside (docs/log.md)
 _ISOTROPY = 0.5  # of the wide frame: what surrounds an organ stretches less than the organ does
-_GROUPS = 8  # frequency bands that are shrunk together
+_LEAST_POWER = 0.05  # of the values' mean, which each of them is taken to have
+_NOTHING = 1e-12
 _RIDGE = 0.02  # of the mean square of a feature: holds back what hardly any label map shows
 _GRAM_VOXELS = 3000  # drawn a label map
 _BLOCK = 4096  # voxels at a time
@@ -44,19 +46,13 @@ class LabelFeatures:
     def __init__(self, grid: Grid, wide: Sequence[int], narrow: Sequence[int]) -> None:
         self.grid = grid
         self._frame = PoseFrame(grid, tuple(narrow), 1.0)
-        self._wide, wide_radius = low_pass(wide)
-        self._narrow, narrow_radius = low_pass(narrow)
+        self._wide, _ = low_pass(wide)
+        self._narrow, _ = low_pass(narrow)
         self.fine = max(narrow) >= _FADES_FROM
         """Whether the foreground's own frame tells enough of its inside, so that position alone fades in outside."""
         self._bands = len(_BANDS) - 1  # the last, far one is left to position alone
-        near = _GROUPS + np.tile(_group(narrow_radius), self._bands)
-        labels = np.full(grid.classes - 1, 2 * _GROUPS)
-        self.groups: NDArray[np.int64] = np.concatenate([_group(wide_radius), near, labels])
-
-    @property
-    def size(self) -> int:
+        self.size: int = len(self._wide) + self._bands * len(self._narrow) + grid.classes - 1
         """Number of features."""
-        return len(self.groups)
 
     def project(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
         """Return weighted means of features times ``values`` (value, \\*spatial): (value, feature)."""
@@ -136,8 +132,9 @@ class _Place:
 class LeastSquares:
     """Linear regression on features of label maps when only the patients' side needs a mechanism.
 
-    A patient's vector is the product of features and values, whitened by the Gram matrix of label maps that are
-    public or released; the solution is that matrix applied once more. Nothing but the vector reads an image.
+    A patient's vector is the product of features and values along the principal directions of the features over label
+    maps that are public or released, most varied first, each brought to unit mean square. Nothing but the vector reads
+    an image.
 
     Args:
         features: the layout.
@@ -147,33 +144,31 @@ class LeastSquares:
     def __init__(self, features: LabelFeatures, maps: Sequence[NDArray[np.uint8]]) -> None:
         self.features = features
         gram = features.gram(maps)
-        self._whiten = whitening(gram, _RIDGE)
+        spreads, directions = np.linalg.eigh(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
+        self._directions = (directions / np.sqrt(spreads))[:, ::-1]
 
     def vector(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
-        """Return the whitened moments (value, feature), about as long as the (weighted) root mean square."""
-        return self.features.project(values, label) @ self._whiten
+        """Return the moments (value, direction), about as long as the (weighted) root mean square."""
+        return self.features.project(values, label) @ self._directions
 
     def shrunk(self, vectors: Array, noise_sd: float) -> Array:
-        """Return noisy mean vectors (value, feature), each frequency band shrunk by its noise.
+        """Return noisy mean vectors (value, direction), shrunk by their noise.
 
-        Wiener's filter (1949) with the signal's power taken from the noisy coefficients themselves.
+        Wiener's filter (1949). The signal's power is taken from the noisy vectors themselves, as that of the value
+        times that of the direction, which falls from the most varied to the least (Barlow et al. 1972).
         """
-        groups = self.features.groups
-        sizes = np.maximum(np.bincount(groups), 1)
-        powers = [np.bincount(groups, vector**2) / sizes for vector in vectors]
-        return np.stack(
-            [vector * signal_share(power, noise_sd)[groups] for vector, power in zip(vectors, powers, strict=True)]
-        )
+        if not noise_sd:
+            return vectors
+        signal = np.square(vectors) - noise_sd**2
+        values = signal.mean(1, keepdims=True)
+        values = np.maximum(values, _LEAST_POWER * max(float(values.mean()), 0))
+        directions = np.maximum(isotonic_regression(signal.mean(0), increasing=False).x, 0)
+        power = values * directions / max(float(directions.mean()), _NOTHING)
+        return vectors * signal_share(power + noise_sd**2, noise_sd)
 
     def solve(self, vectors: Array, noise_sd: float) -> Array:
         """Return the weights (value, feature) of noisy mean vectors, :meth:`shrunk`."""
-        return self.shrunk(vectors, noise_sd) @ self._whiten
-
-
-def whitening(gram: Array, ridge: float) -> Array:
-    """Return the symmetric root of the inverse of a Gram matrix; ``ridge`` of its mean square is added first."""
-    values, vectors = np.linalg.eigh(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)))
-    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
+        return self.shrunk(vectors, noise_sd) @ self._directions.T
 
 
 def signed_distance(mask: NDArray[np.bool_]) -> Array:
@@ -192,10 +187,6 @@ def low_pass(counts: Sequence[int]) -> tuple[NDArray[np.int64], Array]:
 def _blocks(voxels: int) -> Iterator[slice]:
     """Yield slices whose features stay in a core's cache, which takes half the time of all voxels at once."""
     return (slice(start, start + _BLOCK) for start in range(0, voxels, _BLOCK))
-
-
-def _group(radius: Array) -> NDArray[np.int64]:
-    return np.asarray((radius * _GROUPS).astype(np.int64))
 
 
 def _tempered(stretch: Array) -> Array:

@@ -8,7 +8,8 @@ import pytest
 from medsynth.config import Grid
 from medsynth.imaging.phantom import sample_label_maps
 from medsynth.models import label_features
-from medsynth.models.label_features import LabelFeatures, LeastSquares, signed_distance
+from medsynth.models.label_features import LabelFeatures, LeastSquares, low_pass, signed_distance
+from medsynth.models.shrinkage import signal_share
 
 
 def features(rank: int, narrow: int = 2) -> LabelFeatures:
@@ -63,7 +64,7 @@ def test_what_surrounds_an_organ_does_not_show_inside_where_its_own_frame_is_fin
         layout = features(rank, narrow)
         label = sample_label_maps(layout.grid, 1, 3)[0]
         around = np.zeros((1, layout.size))
-        around[:, : np.flatnonzero(layout.groups >= 8)[0]] = 1.0  # the groups of position alone come first
+        around[:, : len(low_pass((4,) * rank)[0])] = 1.0  # the features of position alone come first
         shown = layout.combine(around, label)[0]
         assert shown[label > 0].any() == shows and np.abs(shown[signed_distance(label > 0) > 2]).max() > 0.1
 
@@ -83,6 +84,24 @@ def test_noise_is_shrunk_away_where_there_is_no_signal() -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (1, layout.size))
     raw, shrunk = (np.linalg.norm(fit.solve(noise, sd)) for sd in (0.0, 0.1))
     assert shrunk < 0.5 * raw
+
+
+def test_the_power_of_a_value_and_of_a_direction_are_told_by_all_their_coefficients() -> None:
+    """Nearly as well as if they were known, and better than by a few coefficients of one value."""
+    layout, rng = features(2), np.random.default_rng(3)
+    fit, sd = LeastSquares(layout, list(sample_label_maps(layout.grid, 20, 7))), 0.3
+    power = np.array([1.0, 0.7, 0.4, 0.1])[:, None] * np.exp(-6 * np.linspace(0, 1, layout.size))
+    few = np.arange(layout.size) // 4
+    errors = []
+    for _ in range(20):
+        truth = np.sqrt(power) * rng.standard_normal(power.shape)
+        noisy = truth + sd * rng.standard_normal(truth.shape)
+        alone = np.stack([np.bincount(few, row**2) / np.bincount(few) for row in noisy])
+        known, apart = noisy * power / (power + sd**2), noisy * signal_share(alone, sd)[:, few]
+        errors.append([np.square(found - truth).sum() for found in (known, fit.shrunk(noisy, sd), apart)])
+        np.testing.assert_array_equal(fit.shrunk(truth, 0.0), truth)
+    best, pooled, apart_error = np.mean(errors, axis=0)
+    assert best < pooled < best + 0.5 * (apart_error - best)
 
 
 def test_distances_are_counted_from_the_surface() -> None:
