@@ -42,6 +42,7 @@ _RATES: dict[Trainable, float] = {"bias_norm": 1e-2, "lora": 5e-3, "all": 2e-3}
 """Learning rates of DP-SGD's Adam: public constants, the same for every cohort and epsilon."""
 _LORA_RANK = 2
 _LARGEST_PART = 32
+_PUBLIC_NETWORKS = 8  # of the public generator, from which the gain of every cell is counted
 _GRADIENTS = 16  # public phantoms whose median gradient norm is the clip
 
 
@@ -113,7 +114,8 @@ def measure(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any]:
     if cell.patients:
         found["parameters"] = choose_trainable(_train(cell, effort), built)
         found |= _train_privately(cell, effort, built, folder)
-    dice = _dice(*_pairs(built, effort), effort)
+    networks = effort.seeds if cell.patients else _PUBLIC_NETWORKS * effort.seeds
+    dice = _dice(*_pairs(built, effort), effort, networks)
     low, real = ruler["floor"], ruler["real"]
     skill = (statistics.fmean(dice) - low) / (real - low)
     return {**found, **ruler, "dice": dice, "skill": skill, "cpu_s": round(time.process_time() - began, 1)}
@@ -250,7 +252,7 @@ def _pairs(built: Generator, effort: Effort) -> tuple[Tensor, Tensor]:
     return torch.cat(images).clamp(-1, 1), labels
 
 
-def _dice(images: Tensor, labels: Tensor, effort: Effort) -> list[float]:
+def _dice(images: Tensor, labels: Tensor, effort: Effort, networks: int) -> list[float]:
     """Return the Dice of networks trained on these pairs, one a seed, on phantom patients kept for this."""
     settings = Segment(channels=(8, 16, 32), steps=effort.segment_steps, batch_size=16, learning_rate=4e-3)
     test, truth = _test(effort)
@@ -258,7 +260,7 @@ def _dice(images: Tensor, labels: Tensor, effort: Effort) -> list[float]:
     with tempfile.TemporaryDirectory() as scratch:
         pool = Path(scratch) / "pool.safetensors"
         write_pool(pool, images, labels, torch.ones(len(images), dtype=torch.int64))
-        for seed in range(effort.seeds):
+        for seed in range(networks):
             job = Training("scale-law", GRID, settings, derive_seed(seed, "scale-law", "segment"), (pool,))
             model, _ = train_segmenter(job, torch.device("cpu"))
             seen = predict(model, test, batch_size=100)
@@ -280,7 +282,7 @@ def _ruler(effort: Effort, folder: Path) -> dict[str, float]:
         _, truth = _test(effort)
         shape = mean_shape(list(labels[:, None]), GRID.classes)
         blind = patient_dice(constant_prediction(shape, list(truth[:, None])), list(truth[:, None]), GRID.classes)
-        real = _dice(images, labels, effort)
+        real = _dice(images, labels, effort, effort.seeds)
         kept.write_text(json.dumps({"floor": float(np.nanmean(blind)), "real": statistics.fmean(real)}) + "\n")
     found: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
     return found
