@@ -134,6 +134,16 @@ def load_generator(folder: Path, autoencoder: Path) -> Generator:
 
 
 def load_dresser(folder: Path, space: Drafting) -> Dresser:
-    """Read the released appearance statistics of a generator folder."""
+    """Read the released appearance statistics of a generator folder.
+
+    Raises:
+        StoreError: another version of medsynth wrote them.
+    """
     with np.load(folder / APPEARANCE) as arrays:
-        return Dresser(space, space.statistics_type(**{name: arrays[name] for name in arrays.files}))
+        found = {name: arrays[name] for name in arrays.files}
+    try:
+        return Dresser(space, space.statistics_type(**found))
+    except TypeError as error:
+        raise StoreError(
+            "another version of medsynth wrote the appearance statistics: start the run again in a new folder"
+        ) from error

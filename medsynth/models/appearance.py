@@ -48,9 +48,11 @@ class AppearanceStatistics:
 
     Attributes:
         density: (channel, level, feature) weights of the cosine coefficients of the grey values' density.
+        pose: (pose,) mean of drawn label maps, from which the features' frames turn.
     """
 
     density: Array
+    pose: Array
 
 
 class AppearanceSpace:
@@ -136,7 +138,7 @@ class AppearanceSpace:
         """
         scale = np.sqrt(self.grid.channels) * _scale(mean, _COUNT_WEIGHT)
         weights = self._fit.solve(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale)
-        return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1))
+        return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1), self._fit.mean_pose)
 
     def render(
         self, label: NDArray[np.uint8], statistics: AppearanceStatistics, rng: np.random.Generator
@@ -146,14 +148,14 @@ class AppearanceSpace:
         All channels share one field: light and tissue change colours together.
         """
         rank = ndtr(self._smooth_field(label, rng)).astype(np.float32).reshape(-1, 1)
-        planes = [quantile(self._distribution(weights, label), rank) for weights in statistics.density]
+        planes = [quantile(self._distribution(row, label, statistics.pose), rank) for row in statistics.density]
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
         image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
         return np.clip(image, -1, 1).astype(np.float32)
 
-    def _distribution(self, weights: Array, label: NDArray[np.uint8]) -> Singles:
+    def _distribution(self, weights: Array, label: NDArray[np.uint8], mean: Array | None = None) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
-        series = self.features.combine(weights, label).reshape(self.levels, -1).astype(np.float32)
+        series = self.features.combine(weights, label, mean).reshape(self.levels, -1).astype(np.float32)
         density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** self._power
         return cumulative(density)
 

@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy.optimize import isotonic_regression
 
 from medsynth.config import Grid
-from medsynth.models.pose import Array, Pose, PoseFrame
+from medsynth.models.pose import Array, Pose, PoseFrame, turned
 from medsynth.models.shrinkage import signal_share
 
 Singles = NDArray[np.float32]
@@ -37,6 +37,8 @@ _NEAR = 4.0  # voxels from the foreground at which a voxel counts half: there ar
 class LabelFeatures:
     """The features of one label map on one grid; holds no data.
 
+    Where a method is given a ``mean`` pose vector (public or released) the frames turn with the organ from that pose.
+
     Args:
         grid: the public voxel grid.
         wide: cosines an axis of the position.
@@ -54,9 +56,9 @@ class LabelFeatures:
         self.size: int = len(self._wide) + self._bands * len(self._narrow) + grid.classes - 1
         """Number of features."""
 
-    def project(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
+    def project(self, values: NDArray[np.floating], label: NDArray[np.uint8], mean: Array | None = None) -> Array:
         """Return weighted means of features times ``values`` (value, \\*spatial): (value, feature)."""
-        place = self._place(label)
+        place = self._place(label, mean)
         flat = values.reshape(len(values), -1).astype(np.float32) * place.shares
         total = np.zeros((len(values), self.size))
         for block in _blocks(label.size):
@@ -66,9 +68,9 @@ class LabelFeatures:
             total += np.hstack([row @ wide.T, near.reshape(len(row), -1), row @ labels.T])
         return total
 
-    def combine(self, weights: Array, label: NDArray[np.uint8]) -> Array:
+    def combine(self, weights: Array, label: NDArray[np.uint8], mean: Array | None = None) -> Array:
         """Return the weighted sums of features at every voxel: weights (value, feature) to (value, \\*spatial)."""
-        place = self._place(label)
+        place = self._place(label, mean)
         cut, end = len(self._wide), len(self._wide) + self._bands * len(self._narrow)
         far, near, flat = np.split(weights.astype(np.float32), [cut, end], axis=1)
         near = near.reshape(-1, len(self._narrow))
@@ -79,12 +81,12 @@ class LabelFeatures:
             total[:, block] = far @ wide + banded.sum(1) + flat @ labels
         return total.reshape(len(weights), *label.shape)
 
-    def gram(self, labels: Sequence[NDArray[np.uint8]]) -> Array:
+    def gram(self, labels: Sequence[NDArray[np.uint8]], mean: Array | None = None) -> Array:
         """Return the weighted mean product of features over label maps, on voxels drawn by a fixed seed."""
         total, rng = np.zeros((self.size, self.size)), np.random.default_rng(0)
         for label in labels:
             voxels = rng.permutation(label.size)[:_GRAM_VOXELS]
-            place = self._place(label)
+            place = self._place(label, mean)
             wide, narrow, bands, parts = self._parts(place, voxels)
             rows = np.concatenate([wide, (bands[:, None] * narrow[None]).reshape(-1, len(voxels)), parts])
             counts = place.shares[voxels]
@@ -95,17 +97,26 @@ class LabelFeatures:
         """Return whether there is a foreground to measure from."""
         return bool((label > 0).any())
 
-    def _place(self, label: NDArray[np.uint8]) -> _Place:
+    def mean_pose(self, labels: Sequence[NDArray[np.uint8]]) -> Array:
+        """Return the mean pose vector of label maps that show anything."""
+        poses = [vector for label in labels if (vector := self._frame.pose_vector(label)) is not None]
+        return np.mean(poses, axis=0)
+
+    def _place(self, label: NDArray[np.uint8], mean: Array | None) -> _Place:
         distance = signed_distance(label > 0).reshape(-1)
         counts = (1 / (1 + np.square(np.maximum(distance, 0) / _NEAR))).astype(np.float32)
-        return _Place(self._pose(label), label.reshape(-1), distance, counts / counts.sum())
+        pose = self._pose(label)
+        wide, narrow = _tempered(pose.stretch), pose.stretch
+        if mean is not None:
+            follow = self._frame.pose(mean).stretch
+            wide, narrow = turned(wide, _tempered(follow)), turned(narrow, follow)
+        return _Place(pose.centre, wide, narrow, label.reshape(-1), distance, counts / counts.sum())
 
     def _parts(self, place: _Place, voxels: slice | NDArray[np.int64]) -> tuple[Singles, Singles, Singles, Singles]:
         """Return wide and narrow cosines, band weights and label indicators, (feature, voxel)."""
-        pose, distance = place.pose, place.distance[voxels]
-        offset = self._frame.voxels[:, voxels] - pose.centre[:, None]
-        wide = cosine_products(_places(_tempered(pose.stretch), offset, _WIDE_SD), self._wide)
-        narrow = cosine_products(_places(pose.stretch, offset, _NARROW_SD), self._narrow)
+        distance, offset = place.distance[voxels], self._frame.voxels[:, voxels] - place.centre[:, None]
+        wide = cosine_products(_places(place.wide, offset, _WIDE_SD), self._wide)
+        narrow = cosine_products(_places(place.narrow, offset, _NARROW_SD), self._narrow)
         if self.fine:
             wide *= np.clip(distance / _FADE, 0, 1).astype(np.float32)
         bands = hats(distance, _BANDS)[: self._bands]
@@ -121,9 +132,14 @@ class LabelFeatures:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the voxels of a label map lie: ``label``, ``distance`` to the foreground and ``shares`` are (voxel,)."""
+    """Where the voxels of a label map lie: ``label``, ``distance`` to the foreground and ``shares`` are (voxel,).
 
-    pose: Pose
+    ``centre`` (axes,) and the stretches of both frames (axes, axes) are in half grids.
+    """
+
+    centre: Array
+    wide: Array
+    narrow: Array
     label: NDArray[np.uint8]
     distance: Array
     shares: Singles
@@ -143,13 +159,14 @@ class LeastSquares:
 
     def __init__(self, features: LabelFeatures, maps: Sequence[NDArray[np.uint8]]) -> None:
         self.features = features
-        gram = features.gram(maps)
+        self.mean_pose = features.mean_pose(maps)
+        gram = features.gram(maps, self.mean_pose)
         spreads, directions = np.linalg.eigh(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
         self._directions = (directions / np.sqrt(spreads))[:, ::-1]
 
     def vector(self, values: NDArray[np.floating], label: NDArray[np.uint8]) -> Array:
         """Return the moments (value, direction), about as long as the (weighted) root mean square."""
-        return self.features.project(values, label) @ self._directions
+        return self.features.project(values, label, self.mean_pose) @ self._directions
 
     def shrunk(self, vectors: Array, noise_sd: float) -> Array:
         """Return noisy mean vectors (value, direction), shrunk by their noise.

@@ -37,8 +37,8 @@ class MaskStatistics:
         pose_mean: (pose,) mean pose vector.
         pose_covariance: (pose, pose).
         shape_mean: (plane * coefficient,) mean shape vector.
-        spread: ``diagonal``: (plane * band,) variance a coefficient in each band; ``full``: (plane * coefficient, rank)
-            root of the covariance (see :func:`covariance_root`).
+        spread: ``diagonal``: (plane * band,) variance a coefficient in each band; ``full``: (pose + shape, rank) root
+            of the covariance of both vectors together (see :func:`covariance_root`).
         noise: (3,) how large the privacy noise is beside the signal: expected error of the mean pose and of the mean
             shape (at most) over how far patients are from them (root mean squares), and length of the noise in the
             variances over theirs. Zeros without privacy.
@@ -73,9 +73,9 @@ class ShapeSpace:
         """Return the pose vector of a label map (see :meth:`PoseFrame.pose_vector`)."""
         return self.frame.pose_vector(label)
 
-    def pose(self, vector: Array) -> Pose:
-        """Return the pose that a vector stands for."""
-        return self.frame.pose(vector)
+    def pose(self, vector: Array, mean: Array | None = None) -> Pose:
+        """Return the pose that a vector stands for, its frame turned with the organ from that of a ``mean`` vector."""
+        return self.frame.pose(vector, None if mean is None else self.frame.pose(mean))
 
     def shape_vector(self, label: NDArray[np.uint8], pose: Pose) -> Array:
         """Return the shape vector of a label map whose pose is ``pose``, relative to a public ball."""
@@ -108,9 +108,8 @@ class ShapeSpace:
             attempts: draws before the mean shape under the mean pose is returned.
         """
         for _ in range(attempts):
-            pose = self.pose(statistics.pose_mean + _draw(statistics.pose_covariance, rng))
-            shape = statistics.shape_mean + self._draw_shape(statistics.spread, rng)
-            label = self.label_map(shape, pose, self._ragged(rng))
+            pose, shape = self._draw(statistics, rng)
+            label = self.label_map(shape, self.pose(pose, statistics.pose_mean), self._ragged(rng))
             if np.count_nonzero(label) >= max(1, self.settings.min_component_voxels) and not self._touches(label):
                 return label
         mean = self.label_map(statistics.shape_mean, self.pose(statistics.pose_mean))
@@ -176,10 +175,15 @@ class ShapeSpace:
         # The occupancy falls by 1 over twice the truncation of the distance.
         return np.asarray(field / field.std() * self.settings.roughness / (2 * self.settings.band_voxels))
 
-    def _draw_shape(self, spread: Array, rng: np.random.Generator) -> Array:
+    def _draw(self, statistics: MaskStatistics, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Return a random pose vector and shape vector."""
+        spread = statistics.spread
         if spread.ndim == 2:
-            return spread @ rng.standard_normal(spread.shape[1])
-        return np.sqrt(np.maximum(spread, 0))[self.bands] * rng.standard_normal(self.shape_size)
+            pose, shape = np.split(spread @ rng.standard_normal(spread.shape[1]), [self.pose_size])
+        else:
+            pose = _draw(statistics.pose_covariance, rng)
+            shape = np.sqrt(np.maximum(spread, 0))[self.bands] * rng.standard_normal(self.shape_size)
+        return statistics.pose_mean + pose, statistics.shape_mean + shape
 
     def _centre(self) -> Array:
         # In the canonical frame every foreground has unit second moments: a ball of radius sqrt(axes + 2) has them too.

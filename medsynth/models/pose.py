@@ -21,7 +21,7 @@ _MIN_VOXEL_SD = 0.6  # a foreground thinner than this has no usable second momen
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a foreground lies: ``centre`` (axes,) in half grids, ``stretch`` (axes, axes) symmetric, positive."""
+    """Where a foreground lies: ``centre`` (axes,) in half grids, ``stretch`` (axes, axes), a root of its moments."""
 
     centre: Array
     stretch: Array
@@ -70,15 +70,23 @@ class PoseFrame:
         log_stretch = (vectors * (0.5 * np.log(values) - _PUBLIC_LOG_SCALE)) @ vectors.T
         return np.concatenate([centre, log_stretch[self._upper] / self._unweight])
 
-    def pose(self, vector: Array) -> Pose:
-        """Return the pose that a vector stands for, kept inside the grid."""
+    def pose(self, vector: Array, reference: Pose | None = None) -> Pose:
+        """Return the pose that a vector stands for, kept inside the grid.
+
+        Args:
+            vector: centroid and logarithm of the moments' root.
+            reference: whose axes the canonical frame shall follow (:func:`turned`); None: those of the grid.
+        """
         axes = self.grid.spatial_dims
         log_stretch = np.zeros((axes, axes))
         log_stretch[self._upper] = vector[axes:] * self._unweight
         log_stretch = log_stretch + log_stretch.T - np.diag(np.diag(log_stretch))
         values, vectors = np.linalg.eigh(log_stretch)
         values = np.clip(values + _PUBLIC_LOG_SCALE, np.log(0.02), np.log(0.6))
-        return Pose(np.clip(vector[:axes], -0.8, 0.8), (vectors * np.exp(values)) @ vectors.T)
+        stretch = (vectors * np.exp(values)) @ vectors.T
+        if reference is not None:
+            stretch = turned(stretch, reference.stretch)
+        return Pose(np.clip(vector[:axes], -0.8, 0.8), stretch)
 
     def enter(self, volume: NDArray[Any], pose: Pose) -> Array:
         """Return ``volume`` (\\*spatial) sampled in the canonical frame of ``pose``; outside, the nearest voxel."""
@@ -101,6 +109,21 @@ class PoseFrame:
         full = np.zeros(self.shape)
         full[tuple(slice(n) for n in self.coefficients)] = coefficients.reshape(self.coefficients)
         return np.asarray(fft.idctn(full, norm="ortho"))
+
+
+def turned(stretch: Array, reference: Array) -> Array:
+    """Return the root of the same second moments in whose frame an organ lies as the reference does in its own.
+
+    The symmetric root leaves an organ as far turned in its frame as it is in the image. This one turns by the rotation
+    nearest to the product of both second moments (Procrustes; Schoenemann 1966): long axes meet, and where axes are
+    alike, so that a turn means nothing, it hardly turns.
+
+    Args:
+        stretch: (axes, axes) a root of second moments.
+        reference: (axes, axes) the symmetric root of those to follow.
+    """
+    left, _, right = np.linalg.svd(stretch @ stretch.T @ reference @ reference.T)
+    return np.asarray(stretch @ left @ right)
 
 
 def _lattice(shape: tuple[int, ...]) -> Array:

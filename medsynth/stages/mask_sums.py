@@ -94,7 +94,8 @@ class MaskSums:
         """Yield (count, pose, shape) of each patient: the mean over the patient's records that show anything."""
         for records in logs.progress(labels, "measuring label maps", len(labels)):
             found = [
-                np.concatenate([[_COUNT_WEIGHT], pose * _POSE_WEIGHT, shape]) for pose, shape in self._measured(records)
+                np.concatenate([[_COUNT_WEIGHT], (pose - self.pose) * _POSE_WEIGHT, shape - self.shape])
+                for pose, shape in _measured(self.space, records)
             ]
             yield np.mean(found, axis=0) if found else np.zeros(self.mean.dimensions)
 
@@ -108,20 +109,19 @@ class MaskSums:
         """
         for records in logs.progress(labels, "measuring their spread", len(labels)):
             found = []
-            for given_pose, given_shape in self._measured(records):
-                pose, shape = given_pose - pose_mean, given_shape - shape_mean
+            for given_pose, given_shape in _measured(self.space, records, self.pose + pose_mean):
+                pose, shape = given_pose - self.pose - pose_mean, given_shape - self.shape - shape_mean
                 square = np.outer(pose, pose).reshape(-1) * _SQUARE_WEIGHT
                 first = [[_LATER_COUNT_WEIGHT], pose * _LATER_POSE_WEIGHT, shape]
-                found.append(np.concatenate([*first, square, self._shape_spread(shape) * _BAND_WEIGHT]))
+                found.append(np.concatenate([*first, square, self._spread(pose, shape) * _BAND_WEIGHT]))
             yield np.mean(found, axis=0) if found else np.zeros(self.spread.dimensions)
 
-    def _measured(self, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
-        for pose, shape in _measured(self.space, records):
-            yield pose - self.pose, shape - self.shape
-
-    def _shape_spread(self, shape: Array) -> Array:
-        full = self.space.settings.covariance == "full"
-        return np.outer(shape, shape).reshape(-1) if full else self.space.band_sums(shape)
+    def _spread(self, pose: Array, shape: Array) -> Array:
+        """Return the squares of a deviation: of the shape in each band, or of pose and shape with each other."""
+        if self.space.settings.covariance == "diagonal":
+            return self.space.band_sums(shape)
+        both = np.concatenate([pose * _LATER_POSE_WEIGHT, shape])
+        return np.outer(both, both).reshape(-1)
 
     def _early(self, first: Array) -> tuple[Array, Array]:
         """Return pose and shape of the first sum over the count."""
@@ -158,10 +158,12 @@ class MaskSums:
         square = second[start:end].reshape(space.pose_size, -1) / _SQUARE_WEIGHT
         square = square - np.outer(pose - around[0], pose - around[0])
         covariance = positive_part(self._pose_covariance(square, sds[1] / _SQUARE_WEIGHT))
-        spread, spread_sd = second[end:] / _BAND_WEIGHT - self._shape_spread(shape - around[1]), sds[1] / _BAND_WEIGHT
+        moved = self._spread(pose - around[0], shape - around[1])
+        spread, spread_sd = second[end:] / _BAND_WEIGHT - moved, sds[1] / _BAND_WEIGHT
         if space.settings.covariance == "full":
-            matrix = spread.reshape(space.shape_size, -1)
-            root = covariance_root(matrix, min(_FULL_RANK, space.shape_size))
+            size = space.pose_size + space.shape_size
+            root = covariance_root(spread.reshape(size, size), min(_FULL_RANK, size))
+            root[: space.pose_size] /= _LATER_POSE_WEIGHT
             return MaskStatistics(self.pose + pose, covariance, self.shape + shape, root)
         spread = self._variances(spread, spread_sd)
         noises = (joint_sd(*pose_sds), shape_noise, spread_sd)
@@ -238,15 +240,15 @@ def plan_sums(config: Study, space: ShapeSpace, noise_multiplier: float) -> Mask
 def _second_size(space: ShapeSpace) -> int:
     first = 1 + space.pose_size + space.shape_size
     wide = space.settings.covariance == "full"
-    return first + space.pose_size**2 + (space.shape_size**2 if wide else space.band_count)
+    return first + space.pose_size**2 + ((space.pose_size + space.shape_size) ** 2 if wide else space.band_count)
 
 
-def _measured(space: ShapeSpace, records: np.ndarray) -> Iterator[tuple[Array, Array]]:
-    """Yield pose and shape of each label map (record, \\*spatial) that shows anything."""
+def _measured(space: ShapeSpace, records: np.ndarray, mean: Array | None = None) -> Iterator[tuple[Array, Array]]:
+    """Yield pose and shape of each label map (record, \\*spatial) that shows anything, in frames turned from a mean."""
     for label in records:
         pose = space.pose_vector(label)
         if pose is not None:
-            yield pose, space.shape_vector(label, space.pose(pose))
+            yield pose, space.shape_vector(label, space.pose(pose, mean))
 
 
 @lru_cache(maxsize=8)  # audits plan the same sums many times

@@ -123,6 +123,8 @@ def _statistics(study: Study) -> MaskStatistics:
     space = ShapeSpace(study.grid, study.masks)
     labels = sample_label_maps(study.grid, 20, 0)
     poses = np.stack([vector for label in labels if (vector := space.pose_vector(label)) is not None])
-    shapes = np.stack([space.shape_vector(lab, space.pose(p)) for lab, p in zip(labels, poses, strict=True)])
+    shapes = np.stack(
+        [space.shape_vector(lab, space.pose(p, poses.mean(0))) for lab, p in zip(labels, poses, strict=True)]
+    )
     spread = np.mean([space.band_sums(one - shapes.mean(0)) for one in shapes], axis=0)
     return MaskStatistics(poses.mean(0), np.cov(poses.T), shapes.mean(0), spread, np.full(3, 0.1))

@@ -69,6 +69,25 @@ def test_what_surrounds_an_organ_does_not_show_inside_where_its_own_frame_is_fin
         assert shown[label > 0].any() == shows and np.abs(shown[signed_distance(label > 0) > 2]).max() > 0.1
 
 
+def test_what_lies_beside_an_organ_turns_with_it() -> None:
+    layout = features(2, 6)
+    x, y = np.meshgrid(*[np.arange(24) - 11.5] * 2, indexing="ij")
+    labels, images = [], []
+    for turn in np.linspace(-0.5, 0.5, 15):
+        along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        labels.append(((along / 8) ** 2 + (across / 3) ** 2 <= 1).astype(np.uint8))
+        images.append(np.where((across > 0) & (along > 0), 1.0, -1.0)[None])  # one corner is bright
+    mean, near = layout.mean_pose(labels), [np.abs(signed_distance(label > 0)) < 4 for label in labels]
+    errors = []
+    for pose in (None, mean):
+        grams = layout.gram(labels, pose) + 1e-3 * np.eye(layout.size)
+        moments = np.mean([layout.project(i, m, pose) for i, m in zip(images, labels, strict=True)], axis=0)
+        weights = np.linalg.solve(grams, moments.T).T
+        fits = [layout.combine(weights, label, pose) for label in labels]
+        errors.append(np.mean([np.square(f - i)[0][n].mean() for f, i, n in zip(fits, images, near, strict=True)]))
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_a_whitened_vector_is_about_as_long_as_its_image() -> None:
     layout, rng = features(2), np.random.default_rng(2)
     maps = list(sample_label_maps(layout.grid, 60, 7))

@@ -42,11 +42,13 @@ def one_organ(rank: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def true_means(sums: MaskSums, labels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    poses = [sums.space.pose_vector(label[0]) for label in labels]
-    shapes = [
-        sums.space.shape_vector(label[0], sums.space.pose(pose)) for label, pose in zip(labels, poses, strict=True)
-    ]
-    return np.mean(poses, axis=0), np.mean(shapes, axis=0)
+    poses = np.stack([sums.space.pose_vector(label[0]) for label in labels])
+    return poses.mean(0), shapes_of(sums, labels, poses).mean(0)
+
+
+def shapes_of(sums: MaskSums, labels: list[np.ndarray], poses: np.ndarray) -> np.ndarray:
+    frames = [sums.space.pose(pose, poses.mean(0)) for pose in poses]
+    return np.stack([sums.space.shape_vector(label[0], frame) for label, frame in zip(labels, frames, strict=True)])
 
 
 def sums_of(study: Study, noise: float, **fixed: float) -> MaskSums:
@@ -66,13 +68,47 @@ def test_without_noise_they_are_the_patients_means_and_spread(rank: int, covaria
     poses = np.stack([sums.space.pose_vector(label[0]) for label in labels])
     np.testing.assert_allclose(found.pose_covariance, np.cov(poses.T, bias=True), atol=1e-5)
     assert not found.noise.any()
-    deviations = np.stack(
-        [sums.space.shape_vector(label[0], sums.space.pose(p)) - shape for label, p in zip(labels, poses, strict=True)]
-    )
+    deviations = shapes_of(sums, labels, poses) - shape
     if covariance == "diagonal":
         np.testing.assert_allclose(found.spread, np.mean([sums.space.band_sums(d) for d in deviations], 0), atol=1e-4)
     else:
-        np.testing.assert_allclose(found.spread @ found.spread.T, np.cov(deviations.T, bias=True), atol=1e-3)
+        both = np.hstack([poses - pose, deviations])
+        np.testing.assert_allclose(found.spread @ found.spread.T, np.cov(both.T, bias=True), atol=1e-3)
+
+
+@pytest.mark.parametrize(("covariance", "linked"), [("full", True), ("diagonal", False)])
+def test_a_full_covariance_draws_shapes_that_fit_their_pose(covariance: str, linked: bool) -> None:
+    x, y = np.meshgrid(*[np.arange(24) - 11.5] * 2, indexing="ij")
+    sizes = np.linspace(0.7, 1.3, PATIENTS)
+    labels = [  # the larger the organ, the smaller the share of its tail
+        np.where((x / 8 / size) ** 2 + (y / 5 / size) ** 2 <= 1, 1 + (x > 20 * (size - 1)), 0).astype(np.uint8)[None]
+        for size in sizes
+    ]
+    sums = sums_of(study_of(2, float("inf"), covariance=covariance), 0.0)
+    found, rng = sums.measure(labels, open_entropy("test_only")), np.random.default_rng(0)
+    drawn = [sums.space.sample(found, rng) for _ in range(60)]
+    link = np.corrcoef([np.sum(label > 0) for label in drawn], [np.mean(label[label > 0] == 2) for label in drawn])
+    assert (link[0, 1] < -0.5) == linked
+
+
+def test_organs_that_are_turned_differ_in_their_pose_and_not_in_their_shape() -> None:
+    study, turns = study_of(2, float("inf")), np.linspace(-0.4, 0.4, PATIENTS)
+    x, y = np.meshgrid(*[np.arange(24) - 11.5] * 2, indexing="ij")
+    labels = []
+    for turn in turns:
+        along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        bend = across - 0.03 * along**2 + 1  # a symmetric one would look alike upside down
+        labels.append(np.where((along / 9) ** 2 + (bend / 3) ** 2 <= 1, 1 + (along > 2), 0).astype(np.uint8)[None])
+    sums = sums_of(study, 0.0)
+    found = sums.measure(labels, open_entropy("test_only"))
+    straight = [shape for label in labels for _, shape in mask_sums._measured(sums.space, label)]
+    apart = np.square(straight - np.mean(straight, axis=0)).sum() / PATIENTS
+    assert found.spread @ sums.space.band_sizes < 0.4 * apart
+    # Drawn under the pose of the one most turned, the mean shape lies as that one does.
+    pose = sums.space.pose_vector(labels[-1][0])
+    assert pose is not None
+    drawn = sums.space.label_map(found.shape_mean, sums.space.pose(pose, found.pose_mean))
+    assert np.mean((drawn > 0) == (labels[-1][0] > 0)) > 0.97
 
 
 @pytest.mark.parametrize("rank", [2, 3])
