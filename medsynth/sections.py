@@ -196,7 +196,9 @@ class Masks(Section):
     source: Literal["statistics", "public_shapes"] = "statistics"
     coefficients: tuple[Count, ...] = Field((8, 10, 8), description="low-frequency coefficients kept an axis")
     band_voxels: Positive = Field(2.0, description="signed distances are truncated at this many voxels")
-    covariance: Literal["diagonal", "full"] = "diagonal"
+    covariance: Literal["diagonal", "full"] = Field(
+        "diagonal", description="full: pose and shape are drawn together, for studies without privacy"
+    )
     mean_clip_norm: Positive | None = Field(None, description="None: the 90 % quantile over public phantoms")
     spread_clip_norm: Positive | None = Field(
         None,

@@ -153,7 +153,7 @@ class AppearanceSpace:
         image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
         return np.clip(image, -1, 1).astype(np.float32)
 
-    def _distribution(self, weights: Array, label: NDArray[np.uint8], mean: Array | None = None) -> Singles:
+    def _distribution(self, weights: Array, label: NDArray[np.uint8], mean: Array | None) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
         series = self.features.combine(weights, label, mean).reshape(self.levels, -1).astype(np.float32)
         density = np.maximum(1 + series.T @ self._edge_waves, _LEAST_DENSITY) ** self._power

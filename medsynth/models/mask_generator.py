@@ -75,7 +75,7 @@ class ShapeSpace:
 
     def pose(self, vector: Array, mean: Array | None = None) -> Pose:
         """Return the pose that a vector stands for, its frame turned with the organ from that of a ``mean`` vector."""
-        return self.frame.pose(vector, None if mean is None else self.frame.pose(mean))
+        return self.frame.pose(vector, mean)
 
     def shape_vector(self, label: NDArray[np.uint8], pose: Pose) -> Array:
         """Return the shape vector of a label map whose pose is ``pose``, relative to a public ball."""
@@ -181,7 +181,7 @@ class ShapeSpace:
         if spread.ndim == 2:
             pose, shape = np.split(spread @ rng.standard_normal(spread.shape[1]), [self.pose_size])
         else:
-            pose = _draw(statistics.pose_covariance, rng)
+            pose = _normal(statistics.pose_covariance, rng)
             shape = np.sqrt(np.maximum(spread, 0))[self.bands] * rng.standard_normal(self.shape_size)
         return statistics.pose_mean + pose, statistics.shape_mean + shape
 
@@ -234,6 +234,6 @@ def covariance_root(covariance: Array, rank: int) -> Array:
     return np.asarray(vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0)))
 
 
-def _draw(covariance: Array, rng: np.random.Generator) -> Array:
+def _normal(covariance: Array, rng: np.random.Generator) -> Array:
     values, vectors = np.linalg.eigh(covariance)
     return np.asarray(vectors @ (np.sqrt(np.maximum(values, 0)) * rng.standard_normal(len(values))))

@@ -70,12 +70,12 @@ class PoseFrame:
         log_stretch = (vectors * (0.5 * np.log(values) - _PUBLIC_LOG_SCALE)) @ vectors.T
         return np.concatenate([centre, log_stretch[self._upper] / self._unweight])
 
-    def pose(self, vector: Array, reference: Pose | None = None) -> Pose:
+    def pose(self, vector: Array, mean: Array | None = None) -> Pose:
         """Return the pose that a vector stands for, kept inside the grid.
 
         Args:
             vector: centroid and logarithm of the moments' root.
-            reference: whose axes the canonical frame shall follow (:func:`turned`); None: those of the grid.
+            mean: pose vector from whose frame this one turns with the organ (:func:`turned`); None: it does not turn.
         """
         axes = self.grid.spatial_dims
         log_stretch = np.zeros((axes, axes))
@@ -84,8 +84,8 @@ class PoseFrame:
         values, vectors = np.linalg.eigh(log_stretch)
         values = np.clip(values + _PUBLIC_LOG_SCALE, np.log(0.02), np.log(0.6))
         stretch = (vectors * np.exp(values)) @ vectors.T
-        if reference is not None:
-            stretch = turned(stretch, reference.stretch)
+        if mean is not None:
+            stretch = turned(stretch, self.pose(mean).stretch)
         return Pose(np.clip(vector[:axes], -0.8, 0.8), stretch)
 
     def enter(self, volume: NDArray[Any], pose: Pose) -> Array:

@@ -103,7 +103,7 @@ def test_densities_are_sharpened_more_where_features_are_fine() -> None:
         layout = AppearanceSpace(grid(2), Appearance(coefficients=(count, count)))
         weights = np.zeros((layout.levels, layout.features.size))
         weights[0, -2:] = 0.3  # a little more of the dark half inside, the same density whatever the features
-        inside = layout._distribution(weights, label)[label.reshape(-1) > 0]
+        inside = layout._distribution(weights, label, None)[label.reshape(-1) > 0]
         shares.append(inside[:, inside.shape[1] // 2].mean())
     assert 0.5 < shares[0] < shares[1] - 0.02
 
