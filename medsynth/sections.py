@@ -227,6 +227,11 @@ class Appearance(Section):
     factors: Annotated[int, Field(ge=0)] = Field(
         0, description="at most so many directions in which patients' images differ as a whole; 0: none, for crops"
     )
+    template_centre_mm: tuple[Number, Number, Number] | None = Field(
+        None,
+        description="for T1-weighted MRI of the brain: where the organ's centre lies in the public MNI152 template "
+        "(RAS+), which is the guess that noisy statistics are pulled to; None: no template",
+    )
     clip_norm: Positive = Field(
         1.0, description="of a patient's vector; below what any has (hippocampus MRI 1.3 to 2.2) each counts alike"
     )

@@ -45,6 +45,8 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("grid.release_shape_range", [[4, 20], [4, 16]], "does not fit in a grid axis of 16"),
         ("masks.coefficients", [4, 4, 4], "masks.coefficients has 3 axes"),
         ("masks.covariance", "full", "use diagonal"),
+        ("train.appearance.template_centre_mm", [0, 0, 0], "MR volumes of one channel with a spacing"),
+        ("train.appearance.template_centre_mm", [0, 0], "train.appearance.template_centre_mm"),
         ("train.channels", [8, 6], "must divide by train.norm_groups"),
         ("train.attention_levels", [True], "one entry a level"),
         ("train.head_channels", 3, "must divide by train.head_channels where attention is"),

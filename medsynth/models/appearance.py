@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ from scipy import ndimage
 from scipy.special import ndtr
 
 from medsynth.config import Appearance, Grid
+from medsynth.imaging.template import mni152
 from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles, signed_distance
 from medsynth.models.pose import Array
 from medsynth.models.shrinkage import joined, joint_sd
+from medsynth.models.template import Template
 
 _COUNT_WEIGHT = 0.35  # of the entry that counts patients, under one clip with the rest
 _LATER_COUNT_WEIGHT = 0.2  # the same in the second vector
@@ -73,7 +75,7 @@ class AppearanceSpace:
         near = tuple(int(np.ceil(_NEAR_SHARE * count)) for count in settings.cosines)
         self.features = LabelFeatures(grid, settings.cosines, near)
         self._power = _SHARPENING if self.features.fine else _LESS_SHARPENING
-        self._maps = maps
+        self._maps, self._settings = maps, settings
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)
         self._spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
@@ -86,6 +88,13 @@ class AppearanceSpace:
     @cached_property
     def _fit(self) -> LeastSquares:
         return LeastSquares(self.features, self._maps)
+
+    @cached_property
+    def _template(self) -> Template | None:
+        asked = self._settings.template_centre_mm
+        if asked is None:
+            return None
+        return Template(mni152(asked), self._fit, self._maps, partial(waves, levels=self.levels))
 
     def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
         """Return the statistics of one image, zeros for one without foreground.
@@ -108,7 +117,7 @@ class AppearanceSpace:
             noise_sd: likewise.
         """
         scale = _scale(mean, _COUNT_WEIGHT)
-        return self._fit.shrunk(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale).reshape(-1)
+        return self._believed(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale).reshape(-1)
 
     def around(self, vector: Array, centre: Array) -> Array:
         """Return a patient's vector measured around a released centre; zeros stay zeros."""
@@ -137,7 +146,8 @@ class AppearanceSpace:
             noise_sd: standard deviation of the noise in each entry (public), for shrinking.
         """
         scale = np.sqrt(self.grid.channels) * _scale(mean, _COUNT_WEIGHT)
-        weights = self._fit.solve(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale)
+        believed = self._believed(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale)
+        weights = self._fit.solve(believed)
         return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1), self._fit.mean_pose)
 
     def render(
@@ -152,6 +162,13 @@ class AppearanceSpace:
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
         image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
         return np.clip(image, -1, 1).astype(np.float32)
+
+    def _believed(self, vectors: Array, noise_sd: float) -> Array:
+        """Return what is left of noisy mean vectors (value, direction); around what the template says, where one is."""
+        if self._template is None or not noise_sd:
+            return self._fit.shrunk(vectors, noise_sd)
+        guess = self._template.guess(vectors, noise_sd)
+        return guess + self._fit.shrunk(vectors - guess, noise_sd)
 
     def _distribution(self, weights: Array, label: NDArray[np.uint8], mean: Array | None) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""

@@ -87,11 +87,31 @@ class LabelFeatures:
         for label in labels:
             voxels = rng.permutation(label.size)[:_GRAM_VOXELS]
             place = self._place(label, mean)
-            wide, narrow, bands, parts = self._parts(place, voxels)
-            rows = np.concatenate([wide, (bands[:, None] * narrow[None]).reshape(-1, len(voxels)), parts])
+            rows = self._rows(place, voxels)
             counts = place.shares[voxels]
             total += (rows * (counts / counts.sum())) @ rows.T
         return total / len(labels)
+
+    def at(self, label: NDArray[np.uint8], voxels: NDArray[np.int64], mean: Array | None = None) -> Singles:
+        """Return the features (feature, voxel) of some voxels of a label map."""
+        return self._rows(self._place(label, mean), voxels)
+
+    def shares(self, label: NDArray[np.uint8]) -> Singles:
+        """Return how much each voxel (flat) counts; all together 1."""
+        return self._place(label, None).shares
+
+    def places(self, label: NDArray[np.uint8], voxels: NDArray[np.int64], mean: Array) -> Array:
+        """Return where voxels lie in the organ under the pose ``mean``: (voxel, axis) mm from its centre.
+
+        Raises:
+            ValueError: the grid has no spacing.
+        """
+        if self.grid.spacing_mm is None:
+            raise ValueError("a grid without spacing has no millimetres")
+        place = self._place(label, mean)
+        inside = np.linalg.solve(place.narrow, self._frame.voxels[:, voxels] - place.centre[:, None])
+        halves = np.array(self.grid.shape) / 2 * np.array(self.grid.spacing_mm)
+        return np.asarray((self._frame.pose(mean).stretch @ inside).T * halves)
 
     def has_pose(self, label: NDArray[np.uint8]) -> bool:
         """Return whether there is a foreground to measure from."""
@@ -122,6 +142,11 @@ class LabelFeatures:
         bands = hats(distance, _BANDS)[: self._bands]
         parts = np.stack([place.label[voxels] == value for value in range(1, self.grid.classes)])
         return wide, narrow, bands, parts.astype(np.float32)
+
+    def _rows(self, place: _Place, voxels: NDArray[np.int64]) -> Singles:
+        """Return all features (feature, voxel)."""
+        wide, narrow, bands, labels = self._parts(place, voxels)
+        return np.concatenate([wide, (bands[:, None] * narrow[None]).reshape(-1, len(voxels)), labels])
 
     def _pose(self, label: NDArray[np.uint8]) -> Pose:
         vector = self._frame.pose_vector(label)
@@ -183,9 +208,14 @@ class LeastSquares:
         power = values * directions / max(float(directions.mean()), _NOTHING)
         return vectors * signal_share(power + noise_sd**2, noise_sd)
 
-    def solve(self, vectors: Array, noise_sd: float) -> Array:
-        """Return the weights (value, feature) of noisy mean vectors, :meth:`shrunk`."""
-        return self.shrunk(vectors, noise_sd) @ self._directions.T
+    def rows(self, label: NDArray[np.uint8], voxels: NDArray[np.int64]) -> Singles:
+        """Return what each voxel (voxel, direction) of a label map adds to a vector, for a value of 1 everywhere."""
+        rows = self.features.at(label, voxels, self.mean_pose).T @ self._directions
+        return np.asarray(rows, np.float32)
+
+    def solve(self, vectors: Array) -> Array:
+        """Return the weights (value, feature) of mean vectors, :meth:`shrunk` before where they are noisy."""
+        return vectors @ self._directions.T
 
 
 def signed_distance(mask: NDArray[np.bool_]) -> Array:

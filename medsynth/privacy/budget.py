@@ -29,6 +29,7 @@ _MAX_STEPS = 1_000_000
 _VOXELS_A_COSINE, _MOST_COSINES, _LEAST_COSINES = 8, 8, 2
 _FULL_REACH = 74.0  # of the appearance statistics, from which on all features stand out of the noise (docs/log.md)
 _LEAST_PART = 1 / 2  # of the cosines an axis: fewer lose more than their noise costs
+_LEAST_GUESSED_PART = 2 / 3  # where a public template guesses them, so that noise costs less
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def plan_features(study: Study) -> Study:
 
     ``train.appearance.coefficients``: one cosine for every 8 voxels of an axis, at most 8, times how far the
     statistics reach above their noise (:func:`medsynth.privacy.scale_law.reach`) beside the reach at which all of
-    them are worth their noise, at least half. Few patients or a small epsilon so get fewer numbers with
-    less noise in each. The choice reads no patient and costs nothing.
+    them are worth their noise, at least half, two thirds with a public template. Few patients or a small epsilon so
+    get fewer numbers with less noise in each. The choice reads no patient and costs nothing.
 
     Args:
         study: coefficients that it names are kept.
@@ -124,7 +125,8 @@ def plan_features(study: Study) -> Study:
     if privacy.private and appearance.enabled:
         noise = _noise_of(_fixed_events(privacy, study.train, study.masks), "appearance")
         noise /= math.sqrt(appearance_sums(privacy, study.train))  # as if one sum had all of it
-        part = min(max(reach(noise, study.declared_in_training, 1) / _FULL_REACH, _LEAST_PART), 1.0)
+        least = _LEAST_PART if appearance.template_centre_mm is None else _LEAST_GUESSED_PART
+        part = min(max(reach(noise, study.declared_in_training, 1) / _FULL_REACH, least), 1.0)
     full = [min(size / _VOXELS_A_COSINE, _MOST_COSINES) for size in study.grid.shape]
     chosen = tuple(max(round(part * count), _LEAST_COSINES) for count in full)
     filled = appearance.model_copy(update={"coefficients": chosen})

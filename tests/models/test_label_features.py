@@ -52,7 +52,7 @@ def test_an_image_that_follows_its_label_map_is_found_from_other_label_maps(rank
     patients, others = sample_label_maps(layout.grid, 60, 5), list(sample_label_maps(layout.grid, 60, 6))
     fit = LeastSquares(layout, others)
     mean = np.mean([fit.vector(layout.combine(truth, label), label) for label in patients], axis=0)
-    found = fit.solve(mean, 0.0)
+    found = fit.solve(mean)
     wanted = np.stack([layout.combine(truth, label) for label in others[:10]])
     got = np.stack([layout.combine(found, label) for label in others[:10]])
     assert np.mean((got - wanted) ** 2) < 0.2 * np.var(wanted)
@@ -101,7 +101,7 @@ def test_noise_is_shrunk_away_where_there_is_no_signal() -> None:
     layout = features(2)
     fit = LeastSquares(layout, list(sample_label_maps(layout.grid, 20, 7)))
     noise = np.random.default_rng(0).normal(0, 0.1, (1, layout.size))
-    raw, shrunk = (np.linalg.norm(fit.solve(noise, sd)) for sd in (0.0, 0.1))
+    raw, shrunk = (np.linalg.norm(fit.solve(fit.shrunk(noise, sd))) for sd in (0.0, 0.1))
     assert shrunk < 0.5 * raw
 
 

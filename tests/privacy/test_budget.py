@@ -79,7 +79,7 @@ def test_a_mechanism_that_does_not_run_has_no_event() -> None:
 
 
 def _features(privacy: Privacy, appearance: Appearance | None = None) -> tuple[int, ...]:
-    grid = Grid(shape=(48, 64, 48), labels={0: "background", 1: "organ"})
+    grid = Grid(shape=(48, 64, 48), spacing_mm=(1, 1, 1), labels={0: "background", 1: "organ"})
     name = "planned" if privacy.private else "planned-nonprivate"
     train = Train(steps=0, appearance=appearance or Appearance())
     return plan_features(Study(name=name, grid=grid, privacy=privacy, train=train)).train.appearance.cosines
@@ -90,6 +90,11 @@ def test_fewer_patients_and_less_epsilon_get_fewer_features() -> None:
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert _features(_privacy(math.inf)) == _features(_privacy(8, 900)) == (6, 8, 6)
     assert min(_features(_privacy(0.1, 2, delta=0.01))) >= 2
+
+
+def test_a_public_template_pays_for_more_features_where_noise_is_high() -> None:
+    plain, guided = (_features(_privacy(1), Appearance(template_centre_mm=centre)) for centre in (None, (0, 0, 0)))
+    assert plain == (3, 4, 3) and guided == (4, 5, 4)
 
 
 def test_features_that_a_study_names_are_kept() -> None:
