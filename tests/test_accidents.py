@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from medsynth import accidents, cli, config
+from medsynth import accidents, config
+from medsynth.cli import verbs
 from medsynth.errors import BudgetError, UnexpectedError
 
 SECRET = "/cohort/DOE^JANE.dcm"
@@ -39,7 +40,7 @@ def kept(run: Path) -> list[Path]:
 def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["medsynth", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        verbs.main()
     return int(ended.value.code or 0)
 
 
@@ -65,7 +66,7 @@ def test_a_verb_without_a_run_folder_keeps_quiet_too(
     monkeypatch.setattr("medsynth.release.verify.verify", fail)
     assert command(monkeypatch, "verify", tmp_path) == UnexpectedError.exit_code
     shown = "".join(capsys.readouterr())
-    assert "unexpected FileNotFoundError in medsynth/cli.py" in shown and "DOE" not in shown
+    assert "unexpected FileNotFoundError in medsynth/cli/verbs.py" in shown and "DOE" not in shown
 
 
 def test_errors_of_ours_and_interrupts_pass(tmp_path: Path) -> None:

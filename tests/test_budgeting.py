@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from medsynth import budgeting, cli, config, store
+from medsynth import budgeting, config, store
+from medsynth.cli import verbs
 from medsynth.config import Study
 from medsynth.errors import (
     BudgetError,
@@ -34,7 +35,7 @@ ALONE = epsilon([SUM.event()], 1e-4)
 
 
 def budget(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli.app, ["budget", *map(str, words)])
+    return CliRunner().invoke(verbs.app, ["budget", *map(str, words)])
 
 
 def shown(*words: str | Path) -> str:

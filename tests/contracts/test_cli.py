@@ -35,7 +35,7 @@ HEAVY = ("torch", "monai", "diffusers", "opacus", "mlflow", "highdicom", "matplo
 
 
 def medsynth(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from medsynth.cli import main; sys.exit(main())"
+    code = "import sys; from medsynth.cli.verbs import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True, check=False
     )
@@ -43,9 +43,9 @@ def medsynth(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def group() -> click.Group:
-    from medsynth import cli
+    from medsynth.cli import verbs
 
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(verbs.app)
     assert isinstance(command, typer.core.TyperGroup)
     return command
 
@@ -61,7 +61,7 @@ def test_every_verb_says_what_it_does(group: click.Group) -> None:
 def test_help_loads_nothing_heavy(root: Path) -> None:
     code = (
         "import sys, atexit; atexit.register(lambda: print('LOADED', *{n.partition('.')[0] for n in sys.modules}));"
-        "from medsynth.cli import main; sys.exit(main())"
+        "from medsynth.cli.verbs import main; sys.exit(main())"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, "--help"], cwd=root, capture_output=True, text=True, check=True

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from medsynth import cli, config
+from medsynth import config
+from medsynth.cli import verbs
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
 
@@ -25,7 +26,7 @@ def study(tiny_settings: dict[str, Any], tmp_path: Path) -> Path:
 def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["medsynth", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        verbs.main()
     return int(ended.value.code or 0)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from medsynth import cli, config, store
+from medsynth import config, store
+from medsynth.cli import verbs
 from medsynth.imaging.phantom_hospital import FAMILY_NAME, LABELS, write_hospital
 from medsynth.stages.comparison import read_result
 from medsynth.study import run_verb
@@ -46,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any]
 def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["medsynth", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        verbs.main()
     return int(left.value.code or 0)
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from tampering import edit_in_place, edit_statement, failed, predicate_of, sign_again
 from typer.testing import CliRunner
 
-from medsynth.cli import app
+from medsynth.cli.verbs import app
 from medsynth.config import Study
 from medsynth.errors import VerificationError
 from medsynth.privacy.accounting import Event, epsilon

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from medsynth import site
-from medsynth.cli import app
+from medsynth.cli.verbs import app
 from medsynth.config import Study
 from medsynth.errors import CertificationError, VerificationError
 from medsynth.release import endorsements, keys, signing

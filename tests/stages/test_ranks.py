@@ -36,10 +36,10 @@ def stopped(self, *arguments):
         os._exit(9)
     return original(self, *arguments)
 Ranks.{method} = stopped
-from medsynth.cli import main
+from medsynth.cli.verbs import main
 main()
 """
-LIVES = "from medsynth.cli import main; main()"
+LIVES = "from medsynth.cli.verbs import main; main()"
 # Noise that is the same for any number of processes, as long as each coordinate gets it once.
 EVEN = """
 from medsynth.privacy.entropy import ChaChaEntropy

@@ -1,7 +1,4 @@
-"""The command line: one verb a stage, and those around them (``medsynth --help`` lists all).
-
-Nothing heavy is imported before a verb runs, so that ``medsynth --help`` answers at once.
-"""
+"""One verb a stage, and those around them; where the command line begins and errors end."""
 
 from __future__ import annotations
 
@@ -13,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medsynth import accidents
+from medsynth.cli.budget import budget_app
+from medsynth.cli.keys import keys_app
+from medsynth.cli.options import Config, Override, Replace, Run, Source
 from medsynth.errors import MedsynthError, UnexpectedError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,21 +28,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
-keys_app = typer.Typer(no_args_is_help=True, help="The site's signing keys, in MEDSYNTH_HOME/keys.")
 app.add_typer(keys_app, name="keys")
-budget_app = typer.Typer(no_args_is_help=True, help="What cohorts have spent, their limits, and plans of studies.")
 app.add_typer(budget_app, name="budget")
-
-Config = Annotated[Path, typer.Argument(help="the study, a YAML file", metavar="CONFIG")]
-Source = Annotated[
-    Path | None,
-    typer.Option("--input", help="the hospital's folder: DICOM, MSD, nnU-Net or image pairs; ingest reads it"),
-]
-Run = Annotated[Path, typer.Option("--out", help="the run folder; stage folders are made in it")]
-Replace = Annotated[bool, typer.Option("--replace", help="make finished stages again whose settings changed")]
-Override = Annotated[
-    list[str] | None, typer.Option("--set", help="one value of the configuration, e.g. --set privacy.epsilon=3")
-]
 
 
 @app.command()
@@ -215,146 +202,6 @@ def quarantine(
         print(f"{reference}  {path}")
 
 
-Passphrase = Annotated[
-    bool, typer.Option("--passphrase", help="protect the key: asked for, or MEDSYNTH_KEY_PASSPHRASE")
-]
-PassphraseFile = Annotated[
-    Path | None, typer.Option("--passphrase-file", help="protect the key with the line in this file (mode 0600)")
-]
-
-
-@keys_app.command("new")
-def keys_new(passphrase: Passphrase = False, file: PassphraseFile = None) -> None:
-    """Make the site's first signing key.
-
-    Example: medsynth keys new --passphrase
-    """
-    from medsynth.release import keys
-    from medsynth.site import signing_keys
-
-    keys.create(signing_keys(), keys.new_passphrase(file) if passphrase or file else None)
-    print("\n".join(keys.handover(signing_keys())))
-
-
-@keys_app.command("list")
-def keys_list() -> None:
-    """List the keys: active or retired, protected by a passphrase or not, and their fingerprints.
-
-    Example: medsynth keys list
-    """
-    from medsynth.release import keys
-    from medsynth.site import signing_keys
-
-    found = [info.line() for info in keys.known_keys(signing_keys())]
-    print("\n".join(found or ["no key yet: make one with `medsynth keys new`"]))
-
-
-@keys_app.command("protect")
-def keys_protect(file: PassphraseFile = None) -> None:
-    """Protect the active key with a passphrase (or with another one); the public key stays the same.
-
-    Example: medsynth keys protect
-    """
-    from medsynth.release import keys
-    from medsynth.site import signing_keys
-
-    keys.protect(signing_keys(), file)
-    print("the active key is protected: batch jobs need MEDSYNTH_KEY_PASSPHRASE or MEDSYNTH_KEY_PASSPHRASE_FILE")
-
-
-@keys_app.command("rotate")
-def keys_rotate(
-    passphrase: Passphrase = False,
-    file: PassphraseFile = None,
-    delete_old: Annotated[
-        bool, typer.Option("--delete-old", help="delete the old private key instead of keeping it retired")
-    ] = False,
-    stolen: Annotated[
-        bool, typer.Option("--stolen", help="the old key is not to be trusted: it endorses nothing")
-    ] = False,
-) -> None:
-    """Replace the active key; the old one endorses the new one. Without options, its passphrase is taken over.
-
-    Example: medsynth keys rotate
-    """
-    from medsynth.release import keys
-    from medsynth.site import signing_keys
-
-    new = keys.new_passphrase(file) if passphrase or file else None
-    keys.rotate(signing_keys(), new, delete_old=delete_old, stolen=stolen)
-    print("\n".join(keys.handover(signing_keys(), stolen=stolen)))
-
-
-@keys_app.command("public")
-def keys_public(
-    out: Annotated[Path | None, typer.Option("--out", help="write the public key into this file")] = None,
-) -> None:
-    """Print (or write) the public key and its fingerprint, to be handed to collaborators by another way than releases.
-
-    Example: medsynth keys public --out hospital.pem
-    """
-    from medsynth.release import keys
-    from medsynth.site import signing_keys
-
-    print("\n".join(keys.hand_out(signing_keys(), out)))
-
-
-@budget_app.command("show")
-def budget_show(
-    run_folder: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="a run folder; without it all cohorts")
-    ] = None,
-) -> None:
-    """Print what the studies of each cohort reserved, how much of it is unfinished, and what is left.
-
-    Example: medsynth budget show RUN
-    """
-    from medsynth.budgeting import show
-
-    show(run_folder)
-
-
-@budget_app.command("limit")
-def budget_limit(
-    target: Annotated[str, typer.Argument(metavar="ACCOUNT|RUN", help="a run folder, or an account that `show` lists")],
-    epsilon: Annotated[float, typer.Argument(metavar="EPSILON", help="for all studies together; inf lifts the limit")],
-    delta: Annotated[float | None, typer.Option("--delta", help="default: the smallest that the studies use")] = None,
-) -> None:
-    """Set what all studies of a cohort may cost together; a study beyond it stops before it reads a patient.
-
-    Example: medsynth budget limit RUN 10 --delta 1e-4
-    """
-    from medsynth.budgeting import limit
-
-    limit(target, epsilon, delta)
-
-
-@budget_app.command("plan")
-def budget_plan(
-    config: Config,
-    epsilon: Annotated[float | None, typer.Option("--epsilon", help="budget; default: the study's")] = None,
-    delta: Annotated[float | None, typer.Option("--delta", help="failure probability; default: the study's")] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="training steps; with --epsilon and --noise they are computed")
-    ] = None,
-    noise: Annotated[
-        float | None, typer.Option("--noise", help="noise multiplier of the training; without it, it is computed")
-    ] = None,
-    parameters: Annotated[
-        int | None, typer.Option("--parameters", help="trainable parameters; default: those of the study's model")
-    ] = None,
-    override: Override = None,
-) -> None:
-    """Print what a study would cost, before anything is read, and what to train: noise, steps, epsilon, parameters.
-
-    Example: medsynth budget plan configs/demo.yaml --epsilon 3
-    """
-    from medsynth.budgeting import Asked, plan
-    from medsynth.config import parse_overrides
-
-    plan(config, parse_overrides(override or []), Asked(epsilon, delta, steps, noise, parameters))
-
-
 @config_app.command("show")
 def config_show(config: Config, override: Override = None) -> None:
     """Print a study with all defaults filled in.
@@ -406,7 +253,3 @@ def main() -> None:
     except Exception as error:
         print(f"medsynth: {accidents.describe(error)}", file=sys.stderr)
         sys.exit(UnexpectedError.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,6 @@
+"""``python -m medsynth.cli``, as ``torchrun`` starts it."""
+
+from medsynth.cli.verbs import main
+
+if __name__ == "__main__":
+    main()
