@@ -92,26 +92,26 @@ class LabelFeatures:
             total += (rows * (counts / counts.sum())) @ rows.T
         return total / len(labels)
 
-    def at(self, label: NDArray[np.uint8], voxels: NDArray[np.int64], mean: Array | None = None) -> Singles:
-        """Return the features (feature, voxel) of some voxels of a label map."""
-        return self._rows(self._place(label, mean), voxels)
+    def sampled(
+        self, label: NDArray[np.uint8], mean: Array, count: int, rng: np.random.Generator
+    ) -> tuple[Array, Singles]:
+        """Return voxels of a label map drawn as often as they count: where they lie, and their features.
 
-    def shares(self, label: NDArray[np.uint8]) -> Singles:
-        """Return how much each voxel (flat) counts; all together 1."""
-        return self._place(label, None).shares
+        Returns:
+            (voxel, axis) mm as :meth:`places` has them, and (feature, voxel).
+        """
+        place = self._place(label, mean)
+        shares = place.shares.astype(float)
+        voxels = rng.choice(label.size, count, p=shares / shares.sum())
+        return self._millimetres(place, voxels, mean), self._rows(place, voxels)
 
-    def places(self, label: NDArray[np.uint8], voxels: NDArray[np.int64], mean: Array) -> Array:
-        """Return where voxels lie in the organ under the pose ``mean``: (voxel, axis) mm from its centre.
+    def places(self, label: NDArray[np.uint8], mean: Array) -> Array:
+        """Return where voxels (flat) lie in the organ under the pose ``mean``: (voxel, axis) mm from its centre.
 
         Raises:
             ValueError: the grid has no spacing.
         """
-        if self.grid.spacing_mm is None:
-            raise ValueError("a grid without spacing has no millimetres")
-        place = self._place(label, mean)
-        inside = np.linalg.solve(place.narrow, self._frame.voxels[:, voxels] - place.centre[:, None])
-        halves = np.array(self.grid.shape) / 2 * np.array(self.grid.spacing_mm)
-        return np.asarray((self._frame.pose(mean).stretch @ inside).T * halves)
+        return self._millimetres(self._place(label, mean), slice(None), mean)
 
     def has_pose(self, label: NDArray[np.uint8]) -> bool:
         """Return whether there is a foreground to measure from."""
@@ -142,6 +142,13 @@ class LabelFeatures:
         bands = hats(distance, _BANDS)[: self._bands]
         parts = np.stack([place.label[voxels] == value for value in range(1, self.grid.classes)])
         return wide, narrow, bands, parts.astype(np.float32)
+
+    def _millimetres(self, place: _Place, voxels: slice | NDArray[np.int64], mean: Array) -> Array:
+        if self.grid.spacing_mm is None:
+            raise ValueError("a grid without spacing has no millimetres")
+        inside = np.linalg.solve(place.narrow, self._frame.voxels[:, voxels] - place.centre[:, None])
+        halves = np.array(self.grid.shape) / 2 * np.array(self.grid.spacing_mm)
+        return np.asarray((self._frame.pose(mean).stretch @ inside).T * halves)
 
     def _rows(self, place: _Place, voxels: NDArray[np.int64]) -> Singles:
         """Return all features (feature, voxel)."""
@@ -208,10 +215,14 @@ class LeastSquares:
         power = values * directions / max(float(directions.mean()), _NOTHING)
         return vectors * signal_share(power + noise_sd**2, noise_sd)
 
-    def rows(self, label: NDArray[np.uint8], voxels: NDArray[np.int64]) -> Singles:
-        """Return what each voxel (voxel, direction) of a label map adds to a vector, for a value of 1 everywhere."""
-        rows = self.features.at(label, voxels, self.mean_pose).T @ self._directions
-        return np.asarray(rows, np.float32)
+    def sampled(self, label: NDArray[np.uint8], count: int, rng: np.random.Generator) -> tuple[Array, Singles]:
+        """Return voxels of a label map: where they lie (:meth:`LabelFeatures.sampled`), what a value of 1 there adds.
+
+        Returns:
+            (voxel, axis) mm and (voxel, direction); vectors are means of the latter, times the values.
+        """
+        places, rows = self.features.sampled(label, self.mean_pose, count, rng)
+        return places, np.asarray(rows.T @ self._directions, np.float32)
 
     def solve(self, vectors: Array) -> Array:
         """Return the weights (value, feature) of mean vectors, :meth:`shrunk` before where they are noisy."""

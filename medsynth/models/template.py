@@ -27,7 +27,7 @@ from medsynth.models.pose import Array
 Waves = Callable[[NDArray[np.floating]], Array]
 
 _MAPS, _VOXELS = 16, 2000  # label maps, and voxels of each, that stand for all
-_SEARCHED, _EVERY = 64, 4  # directions, the most varied ones, and every so manieth voxel, by which the place is found
+_SEARCHED, _EVERY = 64, 4  # the place is found by so many directions, the most varied ones, on every fourth voxel
 _PITCHES = (-0.4, 0.0, 0.4)  # radians about the left-right axis from which the search starts
 _STEPS = np.array([4.0] * 3 + [0.2] * 3 + [0.1] * 3)  # mm, radians, logarithm of the stretch: what is a usual change
 _ROUNDS = 6  # of Powell's method
@@ -48,7 +48,8 @@ class Template:
 
     def __init__(self, image: PublicImage, fit: LeastSquares, maps: Sequence[NDArray[np.uint8]], waves: Waves) -> None:
         self._image, self._waves = image, waves
-        parts = [_sampled(fit, label, seed) for seed, label in enumerate(maps[:_MAPS]) if fit.features.has_pose(label)]
+        rng, shown = np.random.default_rng(0), [label for label in maps if fit.features.has_pose(label)]
+        parts = [fit.sampled(label, _VOXELS, rng) for label in shown[:_MAPS]]
         self._places = np.concatenate([places for places, _ in parts])
         self._rows = np.concatenate([rows for _, rows in parts])
 
@@ -99,11 +100,3 @@ class Template:
         held = _RIDGE * np.trace(gram) / len(gram) + (noise_sd / _DOUBT) ** 2
         matrix = np.linalg.solve(gram + held * np.eye(len(gram)), predictors @ vectors.T)
         return np.asarray(matrix.T @ predictors)
-
-
-def _sampled(fit: LeastSquares, label: NDArray[np.uint8], seed: int) -> tuple[Array, Singles]:
-    """Return where voxels of a label map lie in a mean organ (voxel, axis), mm, and their directions' values."""
-    features, rng = fit.features, np.random.default_rng(seed)
-    shares = features.shares(label)
-    voxels = rng.choice(label.size, _VOXELS, p=shares / shares.sum())
-    return features.places(label, voxels, fit.mean_pose), fit.rows(label, voxels)

@@ -35,7 +35,7 @@ def mean_vector(fit: LeastSquares, image: PublicImage) -> np.ndarray:
     turn, shift = Rotation.from_rotvec([0.15, -0.1, 0.05]).as_matrix(), np.array([3.0, -2.0, 2.0])
     vectors = []
     for label in sample_label_maps(_GRID, 12, 2):
-        places = fit.features.places(label, np.arange(label.size), fit.mean_pose)
+        places = fit.features.places(label, fit.mean_pose)
         grey = -0.8 * image.at(shift + places @ turn.T).reshape(label.shape) + 0.1
         vectors.append(fit.vector(waves(grey, _LEVELS), label))
     return np.mean(vectors, axis=0)
