@@ -100,7 +100,7 @@ class Study(Section):
         if self.synthesise.start < 1 and not self.train.appearance.enabled:
             raise ValueError("synthesise.start below 1 begins from drafts of train.appearance: enable it")
         if self.train.appearance.template_centre_mm is not None:
-            if dims != 3 or self.grid.spacing_mm is None or self.grid.channels != 1 or self.grid.modality != "MR":
+            if not self.grid.mr_volumes:
                 raise ValueError("train.appearance.template_centre_mm is for MR volumes of one channel with a spacing")
             if self.train.appearance.factors:
                 raise ValueError("train.appearance.template_centre_mm guesses no factors: set one of both alone")

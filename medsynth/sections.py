@@ -64,6 +64,11 @@ class Grid(Section):
         """Number of labels, the background included."""
         return len(self.labels)
 
+    @property
+    def mr_volumes(self) -> bool:
+        """Whether images are MR volumes of one channel with a spacing, which a template of the brain may resemble."""
+        return self.spatial_dims == 3 and self.channels == 1 and self.modality == "MR" and self.spacing_mm is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(self.shape) != self.spatial_dims:

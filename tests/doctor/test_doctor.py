@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 from healthy_run import audit, mean_of, reserve, steps, write_audits, write_run
 
 from medsynth import config, store
-from medsynth.config import Study
+from medsynth.config import Appearance, Grid, Study
 from medsynth.doctor import thresholds
 from medsynth.doctor.evidence import gather
 from medsynth.doctor.examination import RULES, doctor, examine
 from medsynth.doctor.finding import Finding
+from medsynth.doctor.privacy_rules import noisy_statistics
 from medsynth.doctor.thresholds import Threshold
 from medsynth.errors import StoreError
 from medsynth.privacy.accounting import Event
@@ -246,6 +248,19 @@ def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(health
     assert advised() == {"privacy.shares.appearance"}
     changed(healthy, train={"appearance": study_of(healthy).train.appearance.model_dump() | {"enabled": False}})
     assert advised() == {"train.appearance.enabled"}
+
+
+def test_a_public_template_is_advised_where_it_may_show_what_noise_hides(healthy: Path) -> None:
+    evidence = replace(gather(healthy), noise={"appearance": 5.0})
+    brain = Grid(shape=(16, 16, 16), spacing_mm=(1, 1, 1), labels={0: "none", 1: "organ"})
+    template = Appearance(template_centre_mm=(0, 0, 0))
+
+    def advised(**sections: Any) -> bool:
+        (finding,) = noisy_statistics(replace(evidence, study=evidence.study.model_copy(update=sections)))
+        return "train.appearance.template_centre_mm" in {change.key for change in finding.changes}
+
+    assert not advised() and advised(grid=brain)
+    assert not advised(grid=brain, train=evidence.study.train.model_copy(update={"appearance": template}))
 
 
 def test_private_steps_of_a_denoiser_that_makes_no_pair_are_named(healthy: Path) -> None:
