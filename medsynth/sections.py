@@ -25,6 +25,7 @@ def _number(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_number)]
+Finite = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -232,7 +233,7 @@ class Appearance(Section):
     factors: Annotated[int, Field(ge=0)] = Field(
         0, description="at most so many directions in which patients' images differ as a whole; 0: none, for crops"
     )
-    template_centre_mm: tuple[Number, Number, Number] | None = Field(
+    template_centre_mm: tuple[Finite, Finite, Finite] | None = Field(
         None,
         description="for T1-weighted MRI of the brain: where the organ's centre lies in the public MNI152 template "
         "(RAS+), which is the guess that noisy statistics are pulled to; None: no template",

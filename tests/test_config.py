@@ -46,6 +46,7 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("masks.coefficients", [4, 4, 4], "masks.coefficients has 3 axes"),
         ("masks.covariance", "full", "use diagonal"),
         ("train.appearance.template_centre_mm", [0, 0, 0], "MR volumes of one channel with a spacing"),
+        ("train.appearance.template_centre_mm", [0, 0, ".nan"], "train.appearance.template_centre_mm"),
         ("train.appearance.template_centre_mm", [0, 0], "train.appearance.template_centre_mm"),
         ("train.channels", [8, 6], "must divide by train.norm_groups"),
         ("train.attention_levels", [True], "one entry a level"),

@@ -82,7 +82,7 @@ def noisy_statistics(evidence: Evidence) -> list[Finding]:
                 value=ratio,
                 threshold=limits.STATISTIC_NOISE,
                 off=above(ratio, limits.STATISTIC_NOISE),
-                changes=_template(evidence) + changes if name == "appearance" else changes,
+                changes=changes + _template(evidence) if name == "appearance" else changes,
                 source=PUBLIC,
             )
         )
@@ -92,7 +92,8 @@ def noisy_statistics(evidence: Evidence) -> list[Finding]:
 def _template(evidence: Evidence) -> tuple[Change, ...]:
     """Return the advice to guess what noise hides, where a public template may show it."""
     study = evidence.study
-    if not study.grid.mr_volumes or study.train.appearance.template_centre_mm is not None:
+    appearance = study.train.appearance
+    if not study.grid.mr_volumes or appearance.factors or appearance.template_centre_mm is not None:
         return ()
     where = "for T1-weighted MRI of the brain: where the organ lies in the public MNI152 template"
     return (Change("train.appearance.template_centre_mm", "set", where),)

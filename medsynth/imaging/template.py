@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from medsynth.errors import ConfigError
+
 Array = NDArray[np.float64]
 
 _PERCENTILES = (0.5, 99.5)
@@ -39,6 +41,9 @@ def mni152(centre_mm: tuple[float, float, float]) -> PublicImage:
 
     Args:
         centre_mm: where the organ lies in it, RAS+ millimetres.
+
+    Raises:
+        ConfigError: there is no brain at that place.
     """
     from nilearn.datasets import load_mni152_template
 
@@ -47,6 +52,13 @@ def mni152(centre_mm: tuple[float, float, float]) -> PublicImage:
     voxels = np.asarray(image.dataobj, np.float32)
     middle = np.round(inverse[:3, :3] @ centre + inverse[:3, 3]).astype(int)
     reach = int(_AROUND_MM)
-    near = voxels[tuple(slice(max(place - reach, 0), place + reach + 1) for place in middle)]
-    low, high = np.percentile(near, _PERCENTILES)
-    return PublicImage((voxels - low) / (high - low) * 2 - 1, inverse[:3], centre)
+    near = voxels[tuple(slice(max(place - reach, 0), max(place + reach + 1, 0)) for place in middle)]
+    low, high = np.percentile(near, _PERCENTILES) if near.size else (0.0, 0.0)
+    if not high > low:
+        named = ", ".join(f"{place:g}" for place in centre_mm)
+        raise ConfigError(
+            f"the MNI152 template shows no brain at train.appearance.template_centre_mm [{named}]: give the centre of "
+            "the organ in millimetres (right, anterior, superior of the origin)"
+        )
+    scaled = np.asarray((voxels - low) / (high - low) * 2 - 1, np.float32)
+    return PublicImage(scaled, inverse[:3], centre)

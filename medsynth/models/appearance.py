@@ -75,7 +75,10 @@ class AppearanceSpace:
         near = tuple(int(np.ceil(_NEAR_SHARE * count)) for count in settings.cosines)
         self.features = LabelFeatures(grid, settings.cosines, near)
         self._power = _SHARPENING if self.features.fine else _LESS_SHARPENING
-        self._maps, self._settings = maps, settings
+        self._maps = maps
+        # Where patients will be measured it is read at once, so that a wrong place stops a study before that.
+        named = settings.template_centre_mm
+        self._image = mni152(named) if named is not None and len(maps) else None
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)
         self._spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
@@ -91,10 +94,9 @@ class AppearanceSpace:
 
     @cached_property
     def _template(self) -> Template | None:
-        asked = self._settings.template_centre_mm
-        if asked is None:
+        if self._image is None:
             return None
-        return Template(mni152(asked), self._fit, self._maps, partial(waves, levels=self.levels))
+        return Template(self._image, self._fit, self._maps, partial(waves, levels=self.levels))
 
     def vector(self, image: NDArray[np.float32], label: NDArray[np.uint8]) -> Array:
         """Return the statistics of one image, zeros for one without foreground.

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from scipy import optimize
 from scipy.spatial.transform import Rotation
 
-from medsynth import logs
 from medsynth.imaging.template import PublicImage
 from medsynth.models.label_features import LeastSquares, Singles
 from medsynth.models.pose import Array
@@ -60,14 +59,12 @@ class Template:
             vectors: (level, direction) noisy mean vectors of patients.
             noise_sd: standard deviation of the noise in each entry.
         """
-        explained, change = max(
-            (self._search(pitch, vectors[:, :_SEARCHED]) for pitch in _PITCHES), key=lambda found: found[0]
-        )
-        logs.say("public template placed", explained=round(explained, 3))
+        found = [self._search(pitch, vectors[:, :_SEARCHED]) for pitch in _PITCHES]
+        _, change = min(found, key=lambda one: one[0])
         return self._explained(self._predictors(change, self._places, self._rows), vectors, noise_sd)
 
     def _search(self, pitch: float, vectors: Array) -> tuple[float, Array]:
-        """Return the share of energy that is explained and the place, from one start on."""
+        """Return what is missed (share of energy, and a penalty on stretches) and the place, from one start on."""
         total = max(float(np.square(vectors).sum()), 1e-12)
         places, rows = self._places[::_EVERY], self._rows[::_EVERY, :_SEARCHED]
 
@@ -79,13 +76,13 @@ class Template:
         start[3] = pitch / _STEPS[3]
         options = {"maxiter": _ROUNDS, "xtol": 0.02, "ftol": 1e-3}
         result = optimize.minimize(missed, start, method="Powell", options=options)
-        return 1 - float(result.fun), np.asarray(result.x) * _STEPS
+        return float(result.fun), np.asarray(result.x) * _STEPS
 
     def _predictors(self, change: Array, places: Array, rows: Singles) -> Array:
         """Return vectors (1 + level, direction) of a constant and of the image's grey values at one place.
 
         Args:
-            change: shift (mm), rotation vector and logarithms of the stretch along the organ's axes.
+            change: shift (mm), rotation vector and logarithms of the stretch along the grid's axes.
             places: (voxel, axis) in the organ, mm.
             rows: (voxel, direction) what each adds to a vector.
         """

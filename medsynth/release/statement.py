@@ -29,6 +29,7 @@ _IMPLEMENTATION = (
     "numpy",
     "torch",
     "monai",
+    "nilearn",
     "diffusers",
     "opacus",
     "dp-accounting",
@@ -155,6 +156,11 @@ def public_inputs(config: Study) -> list[str]:
         inputs.append(f"pre-training of the denoiser on {config.train.pretrain_phantoms} {_pretraining(config)}")
     if config.synthesise.start < 1:
         inputs.append("drafts of images, drawn from the released appearance statistics (charged above)")
+    if config.privacy.private and config.train.appearance.template_centre_mm is not None:
+        inputs.append(
+            "guess at what noise hides of the appearance: the MNI152 template (ICBM 2009 nonlinear symmetric, T1; "
+            "Fonov et al. 2011), the mean MRI of 152 volunteers, from the library nilearn"
+        )
     if config.masks.source == "public_shapes":
         inputs.append("label maps from public shapes")
     return inputs

@@ -253,14 +253,15 @@ def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(health
 def test_a_public_template_is_advised_where_it_may_show_what_noise_hides(healthy: Path) -> None:
     evidence = replace(gather(healthy), noise={"appearance": 5.0})
     brain = Grid(shape=(16, 16, 16), spacing_mm=(1, 1, 1), labels={0: "none", 1: "organ"})
-    template = Appearance(template_centre_mm=(0, 0, 0))
+    others = Appearance(template_centre_mm=(0, 0, 0)), Appearance(factors=2)
 
     def advised(**sections: Any) -> bool:
         (finding,) = noisy_statistics(replace(evidence, study=evidence.study.model_copy(update=sections)))
         return "train.appearance.template_centre_mm" in {change.key for change in finding.changes}
 
     assert not advised() and advised(grid=brain)
-    assert not advised(grid=brain, train=evidence.study.train.model_copy(update={"appearance": template}))
+    for other in others:
+        assert not advised(grid=brain, train=evidence.study.train.model_copy(update={"appearance": other}))
 
 
 def test_private_steps_of_a_denoiser_that_makes_no_pair_are_named(healthy: Path) -> None:

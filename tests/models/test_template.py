@@ -9,8 +9,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from medsynth.config import Appearance, Grid
+from medsynth.errors import ConfigError
 from medsynth.imaging.phantom import sample_label_maps, smooth_field
 from medsynth.imaging.template import PublicImage, mni152
+from medsynth.models import appearance
 from medsynth.models.appearance import AppearanceSpace, waves
 from medsynth.models.label_features import LabelFeatures, LeastSquares
 from medsynth.models.template import Template
@@ -64,14 +66,38 @@ def test_a_public_image_of_something_else_does_little_harm() -> None:
     assert around < 1.2 * alone
 
 
-def test_without_noise_nothing_is_guessed() -> None:
+def test_the_space_reads_noisy_means_around_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, (fit, maps) = public_image(3), fitted()
+    monkeypatch.setattr(appearance, "mni152", lambda centre: image)
+    vectors = mean_vector(fit, image)
+    mean = np.concatenate([[appearance._COUNT_WEIGHT], vectors.reshape(-1)])
+    sd = float(np.sqrt(np.square(vectors).mean()))
+    noise = sd * np.random.default_rng(5).standard_normal(vectors.size)
+    errors, densities = [], []
+    for centre in (None, (0.0, 0.0, 0.0)):
+        settings = Appearance(coefficients=(4, 5, 4), levels=_LEVELS, template_centre_mm=centre)
+        space = AppearanceSpace(_GRID, settings, maps)
+        assert space.features.size == fit.features.size
+        read = space.centre(mean + np.concatenate([[0.0], noise]), sd)
+        errors.append(float(np.square(read - vectors.reshape(-1)).sum()))
+        densities.append(space.statistics(mean + np.concatenate([[0.0], noise]), sd).density)
+    assert errors[1] < 0.5 * errors[0]
+    assert not np.allclose(densities[0], densities[1])
+
+
+def test_without_noise_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appearance, "mni152", lambda centre: public_image(3))
+    monkeypatch.setattr(Template, "guess", lambda *_: pytest.fail("there is nothing to guess"))
     maps = list(sample_label_maps(_GRID, 4, 1))
-    plain, guided = (
-        AppearanceSpace(_GRID, Appearance(coefficients=(2, 2, 2), template_centre_mm=centre), maps)
-        for centre in (None, (-27.0, -21.0, -14.0))
-    )
-    mean = plain.vector(smooth_field(np.random.default_rng(1), _GRID.shape, 6)[None].astype(np.float32), maps[0])
-    assert np.array_equal(plain.statistics(mean, 0.0).density, guided.statistics(mean, 0.0).density)
+    space = AppearanceSpace(_GRID, Appearance(coefficients=(2, 2, 2), template_centre_mm=(0, 0, 0)), maps)
+    mean = space.vector(smooth_field(np.random.default_rng(1), _GRID.shape, 6)[None].astype(np.float32), maps[0])
+    assert np.isfinite(space.statistics(mean, 0.0).density).all()
+
+
+@pytest.mark.parametrize("centre", [(0.0, 0.0, 300.0), (0.0, 0.0, -300.0), (-90.0, -120.0, -70.0)])
+def test_a_place_outside_the_brain_is_said_before_any_patient_is_measured(centre: tuple[float, float, float]) -> None:
+    with pytest.raises(ConfigError, match=r"no brain at train\.appearance\.template_centre_mm"):
+        AppearanceSpace(_GRID, Appearance(coefficients=(2, 2, 2), template_centre_mm=centre), [np.ones(_GRID.shape)])
 
 
 def test_the_template_comes_with_the_installation_and_shows_the_brain() -> None:

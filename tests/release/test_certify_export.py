@@ -269,6 +269,15 @@ def test_public_inputs_tell_that_sampling_began_from_drafts(fake_study: Make) ->
     assert len(drafted) == 1 and drafted[0].endswith("(charged above)")
 
 
+def test_public_inputs_name_the_template_and_whose_image_it_is(fake_study: Make) -> None:
+    guided = fake_study(train={"appearance": {}})
+    appearance = guided.train.appearance.model_copy(update={"template_centre_mm": (0.0, 0.0, 0.0)})
+    guided = guided.model_copy(update={"train": guided.train.model_copy(update={"appearance": appearance})})
+    told = [[line for line in statement.public_inputs(one) if "MNI152" in line] for one in (fake_study(), guided)]
+    assert told[0] == [] and len(told[1]) == 1 and "152 volunteers" in told[1][0] and "nilearn" in told[1][0]
+    assert "nilearn" in statement.implementation()
+
+
 def test_certificate_of_another_version_is_not_exported(
     fake_run: Run, fake_study: Make, one_accountant: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
