@@ -114,12 +114,16 @@ class AppearanceSpace:
     def centre(self, mean: Array, noise_sd: float) -> Array:
         """Return what a released mean of :meth:`vector` says that vectors are, shrunk by its noise.
 
+        Around what the template says, where there is one.
+
         Args:
             mean: as in :meth:`statistics`.
             noise_sd: likewise.
         """
         scale = _scale(mean, _COUNT_WEIGHT)
-        return self._believed(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale).reshape(-1)
+        vectors, sd = mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale
+        guess = self._template.guess(vectors, sd) if self._template is not None and sd else np.zeros_like(vectors)
+        return (guess + self._fit.shrunk(vectors - guess, sd)).reshape(-1)
 
     def around(self, vector: Array, centre: Array) -> Array:
         """Return a patient's vector measured around a released centre; zeros stay zeros."""
@@ -147,9 +151,8 @@ class AppearanceSpace:
                 denominator and how far the clip shortened them.
             noise_sd: standard deviation of the noise in each entry (public), for shrinking.
         """
-        scale = np.sqrt(self.grid.channels) * _scale(mean, _COUNT_WEIGHT)
-        believed = self._believed(mean[1:].reshape(-1, self.features.size) * scale, noise_sd * scale)
-        weights = self._fit.solve(believed)
+        believed = self.centre(mean, noise_sd).reshape(-1, self.features.size)
+        weights = self._fit.solve(believed * np.sqrt(self.grid.channels))
         return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1), self._fit.mean_pose)
 
     def render(
@@ -164,13 +167,6 @@ class AppearanceSpace:
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
         image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
         return np.clip(image, -1, 1).astype(np.float32)
-
-    def _believed(self, vectors: Array, noise_sd: float) -> Array:
-        """Return what is left of noisy mean vectors (value, direction); around what the template says, where one is."""
-        if self._template is None or not noise_sd:
-            return self._fit.shrunk(vectors, noise_sd)
-        guess = self._template.guess(vectors, noise_sd)
-        return guess + self._fit.shrunk(vectors - guess, noise_sd)
 
     def _distribution(self, weights: Array, label: NDArray[np.uint8], mean: Array | None) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""

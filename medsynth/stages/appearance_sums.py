@@ -37,7 +37,11 @@ class AppearanceSums:
     mechanisms: tuple[GaussianSum, ...]
 
     def measure(self, patients: Iterable[Patient], entropy: Entropy) -> Any:
-        """Release the sums and return the statistics that they say.
+        """Release the sums and return the statistics that they say (arguments of :meth:`release`)."""
+        return self.space.statistics(*self.release(patients, entropy))
+
+    def release(self, patients: Iterable[Patient], entropy: Entropy) -> tuple[Array, float]:
+        """Return the mean of the patients' vectors that the sums release, and the noise in each of its entries.
 
         Args:
             patients: whose images and labels are measured.
@@ -46,12 +50,12 @@ class AppearanceSums:
         vectors, first = list(self._vectors(patients)), self.mechanisms[0]
         mean, sd = first.release(vectors, entropy), first.noise_sd
         if len(self.mechanisms) == 1:
-            return self.space.statistics(mean, sd)
+            return mean, sd
         space, second = self.space, self.mechanisms[1]
         assert isinstance(space, TwiceMeasured)  # as planned
         centre = space.centre(mean, sd)
         again = second.release((space.around(vector, centre) for vector in vectors), entropy)
-        return space.statistics(*space.joined((mean, again), centre, (sd, second.noise_sd)))
+        return space.joined((mean, again), centre, (sd, second.noise_sd))
 
     def _vectors(self, patients: Iterable[Patient]) -> Iterator[Array]:
         """Yield one vector a patient, the mean over the patient's records."""

@@ -117,7 +117,7 @@ def _replays(job: Job, ran: Executed, built: Generator, patients: list[Patient])
 
         def run_appearance(missing: int | None, wrap: replay.Wrap) -> None:
             left = [patient for number, patient in enumerate(cohort) if number != missing]
-            AppearanceSums(space, tuple(map(wrap, ran.appearance))).measure(left, open_entropy("test_only"))
+            AppearanceSums(space, tuple(map(wrap, ran.appearance))).release(left, open_entropy("test_only"))
 
         yield replay.audit_sums(run_appearance, neighbours, "appearance")
     if ran.training is not None:

@@ -112,7 +112,7 @@ def label_maps_are_measured_again_around_the_patients(original: Any) -> Any:
     return without
 
 
-@takes_out("stages.appearance_sums.AppearanceSums.measure", (), f"stages/test_appearance_sums.py::{AROUND_A_RELEASE}")
+@takes_out("stages.appearance_sums.AppearanceSums.release", (), f"stages/test_appearance_sums.py::{AROUND_A_RELEASE}")
 def appearance_is_measured_again_around_the_patients(original: Any) -> Any:
     def without(sums: Any, patients: Any, entropy: Any) -> Any:
         vectors, space = list(sums._vectors(patients)), copy(sums.space)
