@@ -104,6 +104,8 @@ class Study(Section):
                 raise ValueError("train.appearance.template_centre_mm is for MR volumes of one channel with a spacing")
             if self.train.appearance.factors:
                 raise ValueError("train.appearance.template_centre_mm guesses no factors: set one of both alone")
+        if self.train.appearance.texture != "noise" and not (self.train.appearance.factors and dims == 2):
+            raise ValueError("train.appearance.texture lit_surface is for photographs: spatial_dims 2 and factors")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":

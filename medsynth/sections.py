@@ -233,6 +233,11 @@ class Appearance(Section):
     factors: Annotated[int, Field(ge=0)] = Field(
         0, description="at most so many directions in which patients' images differ as a whole; 0: none, for crops"
     )
+    texture: Literal["noise", "lit_surface"] = Field(
+        "noise",
+        description="what drafts with factors show beside light and colours; lit_surface: public scenes of a wall with "
+        "folds, and a dome over each foreground, under a lamp at the camera, for endoscopy",
+    )
     template_centre_mm: tuple[Finite, Finite, Finite] | None = Field(
         None,
         description="for T1-weighted MRI of the brain: where the organ's centre lies in the public MNI152 template "

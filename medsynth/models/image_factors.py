@@ -3,9 +3,9 @@
 Photographs share little: one is reddish, one is lit from the left, in one the lesion is paler than what surrounds it,
 in the next darker. The distribution of grey values at a place (:mod:`medsynth.models.appearance`) mixes all patients,
 so that their differences come out as texture. Here a patient's image becomes a few coefficients (low-pass cosines of
-the grid, bands of distance to the foreground), how strong and how fine the rest is, which part of the grid the frame
-leaves dark, and the distribution of the rest at each place. Mean and second moments of the coefficients give factors:
-directions in which patients differ, as many as stand out of the noise.
+the grid, profiles of the distance to the foreground), how strong and how fine the rest is, which part of the grid the
+frame leaves dark, and the distribution of the rest at each place. Mean and second moments of the coefficients give
+factors: directions in which patients differ, as many as stand out of the noise.
 
 Sources: factor analysis, Lawley, Maxwell (1962); which eigenvalues stand out of noise and how far to shrink them,
 Benaych-Georges, Nadakuditi (2011); the distribution as in :mod:`medsynth.models.appearance`.
@@ -21,18 +21,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
-from scipy.special import ndtr
+from scipy.special import ndtri
 
 from medsynth.config import Appearance, Grid
+from medsynth.imaging.lit_surface import lit_surface
 from medsynth.models.appearance import cumulative, quantile, waves
 from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance
 from medsynth.models.pose import Array
 from medsynth.models.shrinkage import signal_share
 
-_KNOTS = (-16.0, -8.0, -4.0, -1.5, 1.5, 4.0, 8.0, 16.0)  # voxels from the foreground, inside negative
+_KNOTS = (-16.0, -8.0, -4.0, -1.5, 1.5, 4.0, 8.0, 16.0)  # voxels from the foreground, inside negative: of the rest
+_EDGE, _DEPTH, _RIM, _AROUND = 1.5, 12.0, 2.5, 12.0  # voxels over which the profiles of the distance change
+_PROFILES = 4
 _COLOUR_SHARE = 0.5  # of the coefficients an axis, for what is no brightness: colours change slowly over an image
 _RINGS = 6  # of the cosines' frequencies, within which coefficients vary alike
-_TILT_WAVES = _COLOUR_WAVES = 4  # cosines of the distance, for tilts and for colours; brightness has all
+_INNER_PROFILES = 2  # edge and depth alone are tilted, and have colours
 _REST_WAVES = 4  # cosines an axis for the distribution of what the coefficients leave
 _RIDGE, _REST_RIDGE = 0.01, 0.02
 _DARK = -0.8  # below it in all channels a voxel belongs to the frame
@@ -88,14 +91,14 @@ class FactorSpace:
 
     def __init__(self, grid: Grid, settings: Appearance, maps: Sequence[NDArray[np.uint8]] = ()) -> None:
         self.grid, self.levels, self.most = grid, settings.levels, settings.factors
+        self._lit = settings.texture == "lit_surface"
         self._lattice = np.indices(grid.shape).reshape(grid.spatial_dims, -1).astype(np.float32)
         self._waves, radius = _grid_waves(grid, settings.cosines)
         self._rest_waves, _ = _grid_waves(grid, (_REST_WAVES,) * grid.spatial_dims)
-        bands = len(_KNOTS) - 1
-        self._profiles = fft.dct(np.eye(bands), norm="ortho", axis=0) * np.sqrt(bands)
-        self._slow = np.concatenate([np.flatnonzero(radius < _COLOUR_SHARE), len(radius) + np.arange(_COLOUR_WAVES)])
-        self._features = len(radius) + bands + grid.spatial_dims * _TILT_WAVES
-        self._rest_features = len(self._rest_waves) + bands
+        inner = len(radius) + np.arange(_INNER_PROFILES)
+        self._slow = np.concatenate([np.flatnonzero(radius < _COLOUR_SHARE), inner])
+        self._features = len(radius) + _PROFILES + grid.spatial_dims * _INNER_PROFILES
+        self._rest_features = len(self._rest_waves) + len(_KNOTS) - 1
         self._groups = self._coefficient_groups(radius)
         self._colours = fft.dct(np.eye(grid.channels), norm="ortho", axis=0)  # brightness first, then what opposes
         self._cells = tuple(size // _CELL for size in grid.shape)
@@ -160,7 +163,9 @@ class FactorSpace:
         # The mean's own noise is in its square too: take that (public) part out again.
         covariance = second - np.outer(centre, centre) + np.eye(size) * (noise_sd / _MEAN) ** 2
         factors = _factors(covariance, noise_sd / _SQUARE, self.most)
-        left = np.bincount(self._groups, np.diag(covariance) - np.square(factors).sum(1)) / np.bincount(self._groups)
+        sizes = np.bincount(self._groups)
+        left = np.bincount(self._groups, np.diag(covariance) - np.square(factors).sum(1)) / sizes
+        left -= noise_sd / _SQUARE / np.sqrt(sizes)  # what is no more than the noise in it is not drawn
         density = _shrunk(moments.reshape(-1, self._rest_features) * np.sqrt(self.grid.channels / 3), noise_sd)
         return FactorStatistics(
             _shrunk_groups(centre, self._groups, noise_sd / _MEAN),
@@ -194,9 +199,9 @@ class FactorSpace:
 
     def _coefficient_groups(self, radius: Array) -> NDArray[np.int64]:
         """Return the group of each coefficient: what varies alike where no factor speaks of it, smooth things more."""
-        ring, bands = np.minimum((radius * _RINGS).astype(np.int64), _RINGS - 1), len(_KNOTS) - 1
-        tilts = np.tile(np.arange(_TILT_WAVES), self.grid.spatial_dims)
-        bright = np.concatenate([ring, _RINGS + np.arange(bands), _RINGS + bands + tilts])
+        ring = np.minimum((radius * _RINGS).astype(np.int64), _RINGS - 1)
+        tilts = np.tile(np.arange(_INNER_PROFILES), self.grid.spatial_dims)
+        bright = np.concatenate([ring, _RINGS + np.arange(_PROFILES), _RINGS + _PROFILES + tilts])
         most = int(bright.max()) + 1
         parts = [bright, *(row * most + bright[self._slow] for row in range(1, self.grid.channels))]
         rest = self.grid.channels * most + np.arange(len(_WIDTHS) + 2)
@@ -209,8 +214,9 @@ class FactorSpace:
         inside = self._lattice[:, label.reshape(-1) > 0]
         centre, width = inside.mean(1, keepdims=True), 2 * (inside.std(1).mean() + 2)
         tilt = np.sin(np.pi / 2 * np.clip((self._lattice[:, chosen] - centre) / width, -1, 1))
-        profiles = self._profiles @ bands
-        smooth = np.concatenate([self._waves[:, chosen], profiles, *(profiles[:_TILT_WAVES] * line for line in tilt)])
+        profiles = _profiles(distance)
+        tilted = (profiles[:_INNER_PROFILES] * line for line in tilt)
+        smooth = np.concatenate([self._waves[:, chosen], profiles, *tilted])
         return smooth.astype(np.float32), np.concatenate([self._rest_waves[:, chosen], bands])
 
     def _orthogonal(self, maps: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array, Array]:
@@ -255,11 +261,20 @@ class FactorSpace:
         values = np.clip(rest[:, shown], -1, 1)
         return np.stack([waves(line, self.levels) @ features.T for line in values]) / shown.sum()
 
+    def _scene(self, label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
+        """Return what the rest shows (1, \\*spatial), normal in its values."""
+        if self._lit:
+            return np.asarray(ndtri(_ranks(lit_surface(label, rng)))[None])
+        return rng.standard_normal((1, *label.shape))
+
     def _texture(self, label: NDArray[np.uint8], density: Array, scales: Array, rng: np.random.Generator) -> Array:
-        """Return the rest (channel, voxel) in [-1, 1]: one field in all channels, as quantiles of its distribution."""
-        noise = _bands(rng.standard_normal((1, *label.shape)))
-        field = sum(scale * band / band.std() for scale, band in zip(scales, noise, strict=True))
-        rank = ndtr(field / field.std()).astype(np.float32).reshape(-1, 1)
+        """Return the rest (channel, voxel) in [-1, 1]: one field in all channels, as quantiles of its distribution.
+
+        The field is as strong in each band of fineness as the patient drawn; what it shows is noise or a public scene.
+        """
+        scene = self._scene(label, rng)
+        field = np.sum([scale * band / band.std() for scale, band in zip(scales, _bands(scene), strict=True)], axis=0)
+        rank = _ranks(field).astype(np.float32).reshape(-1, 1)
         series = (density @ self._parts(label)[1]).reshape(self.grid.channels, self.levels, -1)
         edges = waves(np.linspace(-1, 1, _CELLS + 1), self.levels)
         planes = []
@@ -267,6 +282,27 @@ class FactorSpace:
             values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
             planes.append(quantile(cumulative(values).astype(np.float32), rank))
         return np.stack(planes).astype(float)
+
+
+def _ranks(field: Array) -> Array:
+    """Return each value's rank in (0, 1), as many below each as the rank says."""
+    order = np.empty(field.size)
+    order[np.argsort(field, axis=None, kind="stable")] = (np.arange(field.size) + 0.5) / field.size
+    return order.reshape(field.shape)
+
+
+def _profiles(distance: Array) -> Singles:
+    """Return how grey values go with the distance to the foreground (profile, voxel), inner ones first.
+
+    The step at its edge, how they change with the depth inside, a rim around it, and what surrounds it. Free bands
+    of the distance would follow any course, and so, drawn at random, show rings that no patient has.
+    """
+    inside, outside = np.clip(-distance, 0, None), np.clip(distance, 0, None)
+    edge = 1 - np.clip(distance / _EDGE, -1, 1)
+    depth = 3 * np.clip(inside / _DEPTH, 0, 1)
+    rim = 4 * (1 - edge / 2) * np.exp(-outside / _RIM)
+    around = 2 * np.exp(-outside / _AROUND)
+    return np.stack([edge, depth, rim, around]).astype(np.float32)
 
 
 def _whitening(gram: Array, ridge: float) -> Array:

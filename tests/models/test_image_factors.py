@@ -11,6 +11,7 @@ from medsynth.config import Appearance, Grid
 from medsynth.imaging.phantom import sample_label_maps, smooth_field
 from medsynth.models.drafting import open_drafting
 from medsynth.models.image_factors import FactorSpace
+from medsynth.models.label_features import signed_distance
 
 
 def grid(rank: int = 2, channels: int = 3) -> Grid:
@@ -78,6 +79,39 @@ def test_what_goes_together_in_patients_does_so_in_drafts() -> None:
     light = [image[:, label == 0].mean() for image, label in zip(drafted, drawn, strict=True)]
     contrast = [image[:, label > 0].mean() - rest for image, label, rest in zip(drafted, drawn, light, strict=True)]
     assert np.corrcoef(light, contrast)[0, 1] > 0.4
+
+
+def test_what_varies_no_more_than_its_noise_is_not_drawn() -> None:
+    """Alike patients: at most the noise in their squares could be taken for differences between them."""
+    images, labels = pairs()
+    one = np.mean([space().vector(images[0], label) for label in labels[:1]], axis=0)
+    drawn = [np.random.default_rng(seed).normal(0, 0.01, one.size) for seed in range(8)]
+    rests = [space().statistics(one + noise, 0.01).rest for noise in drawn]
+    assert np.mean(np.square(rests)) < 0.2 * 0.01 / 1.2
+
+
+def test_under_noise_the_edge_keeps_its_contrast_and_no_rings_appear_around() -> None:
+    """Patients differ in the contrast of a sharp foreground by 0.3, and at other distances in nothing."""
+    contrast, steps = [], []
+    for image, label in zip(*drafts(3e-3), strict=True):
+        distance, grey = signed_distance(label > 0), image.mean(0)
+        contrast.append(grey[distance < 0].mean() - grey[(distance > 1) & (distance < 3)].mean())
+        steps.append(np.diff([grey[(distance > near) & (distance < near + 2)].mean() for near in (3, 5, 7, 9)]))
+    assert np.std(contrast) > 0.15
+    assert np.std(steps, axis=0).max() < 0.03
+
+
+def test_a_lit_surface_shows_domes_where_noise_shows_none() -> None:
+    settings = Appearance(coefficients=(4, 4), factors=8, texture="lit_surface")
+    lit, found = open_drafting(grid(), settings), space().statistics(released(), 0.0)
+    label = (np.hypot(*(np.indices((48, 48)) - 24)) < 12).astype(np.uint8)
+    middle, rim = (np.hypot(*(np.indices((48, 48)) - 24)) < reach for reach in (6, 11))
+    seen = []
+    for layout in (space(), lit):
+        images = [layout.render(label, found, np.random.default_rng(seed)) for seed in range(40)]
+        seen.append(np.mean([image[:, middle].mean() - image[:, rim & ~middle].mean() for image in images]))
+    assert seen[1] > seen[0] + 0.01
+    assert np.isfinite(seen).all()
 
 
 def test_a_draft_follows_its_seed() -> None:

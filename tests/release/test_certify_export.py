@@ -269,10 +269,20 @@ def test_public_inputs_tell_that_sampling_began_from_drafts(fake_study: Make) ->
     assert len(drafted) == 1 and drafted[0].endswith("(charged above)")
 
 
+def with_appearance(study: Study, **values: Any) -> Study:
+    """Return a study with other settings of appearance, whether or not its grid has images for them."""
+    appearance = study.train.appearance.model_copy(update=values)
+    return study.model_copy(update={"train": study.train.model_copy(update={"appearance": appearance})})
+
+
+def test_public_inputs_tell_of_procedural_scenes(fake_study: Make) -> None:
+    plain, lit = fake_study(), with_appearance(fake_study(), factors=2, texture="lit_surface")
+    told = [[line for line in statement.public_inputs(one) if "scenes" in line] for one in (plain, lit)]
+    assert told[0] == [] and len(told[1]) == 1 and "from no image" in told[1][0]
+
+
 def test_public_inputs_name_the_template_and_whose_image_it_is(fake_study: Make) -> None:
-    guided = fake_study(train={"appearance": {}})
-    appearance = guided.train.appearance.model_copy(update={"template_centre_mm": (0.0, 0.0, 0.0)})
-    guided = guided.model_copy(update={"train": guided.train.model_copy(update={"appearance": appearance})})
+    guided = with_appearance(fake_study(), template_centre_mm=(0.0, 0.0, 0.0))
     told = [[line for line in statement.public_inputs(one) if "MNI152" in line] for one in (fake_study(), guided)]
     assert told[0] == [] and len(told[1]) == 1 and "152 volunteers" in told[1][0] and "nilearn" in told[1][0]
     assert "nilearn" in statement.implementation()

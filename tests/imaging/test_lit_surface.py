@@ -1,0 +1,67 @@
+"""Public scenes: domes are spheres over discs, lit from the camera; any label map gives one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medsynth.imaging.lit_surface import _bulge, lit_surface
+
+
+def disc(size: int = 64, radius: float = 20.0) -> np.ndarray:
+    rows, columns = np.indices((size, size)) - (size - 1) / 2
+    return (np.hypot(rows, columns) < radius).astype(np.uint8)
+
+
+def test_a_disc_bulges_as_a_sphere() -> None:
+    mask = disc() > 0
+    rows, columns = np.indices(mask.shape) - (mask.shape[0] - 1) / 2
+    sphere = np.sqrt(np.maximum(20.0**2 - rows**2 - columns**2, 0))
+    height = 2 * np.sqrt(_bulge(mask))
+    assert np.abs(height - sphere)[rows**2 + columns**2 < 15**2].max() < 1
+    assert not height[~mask].any()
+
+
+def test_a_foreground_at_the_edge_of_the_image_goes_on_beyond_it() -> None:
+    mask = np.zeros((32, 32), bool)
+    mask[:, :16] = True
+    height = _bulge(mask)
+    assert height[16, 0] > height[16, 8] > height[16, 15] > 0
+
+
+def test_foregrounds_are_bright_in_their_middle_and_dark_at_their_rim() -> None:
+    label = disc()
+    inner, rim = disc(radius=10) > 0, (label > 0) & (disc(radius=17) == 0)
+    contrast = [
+        scene[inner].mean() - scene[rim].mean()
+        for scene in (lit_surface(label, np.random.default_rng(seed)) for seed in range(30))
+    ]
+    assert np.mean(contrast) > 0.3
+    assert np.std(contrast) > 0.1, "scenes differ"
+
+
+def test_scenes_without_a_foreground_have_no_such_place() -> None:
+    inner, rim = disc(radius=10) > 0, (disc() > 0) & (disc(radius=17) == 0)
+    empty = np.zeros((64, 64), np.uint8)
+    scenes = [lit_surface(empty, np.random.default_rng(seed)) for seed in range(30)]
+    assert abs(np.mean([scene[inner].mean() - scene[rim].mean() for scene in scenes])) < 0.3
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 56), (128, 128)])
+@pytest.mark.parametrize("kind", ["none", "all", "one pixel", "two parts"])
+def test_any_label_map_gives_a_scene(shape: tuple[int, int], kind: str) -> None:
+    label = np.zeros(shape, np.uint8)
+    if kind == "all":
+        label[:] = 1
+    elif kind == "one pixel":
+        label[3, 5] = 1
+    elif kind == "two parts":
+        label[2:9, 2:9], label[12:20, 12:22] = 1, 2
+    scene = lit_surface(label, np.random.default_rng(1))
+    assert scene.shape == shape and np.isfinite(scene).all()
+    assert scene.std() == pytest.approx(1) and scene.mean() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_scene_follows_its_seed() -> None:
+    first, again, other = (lit_surface(disc(), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.allclose(first, other)
