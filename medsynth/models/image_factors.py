@@ -31,8 +31,8 @@ from medsynth.models.pose import Array
 from medsynth.models.shrinkage import signal_share
 
 _KNOTS = (-16.0, -8.0, -4.0, -1.5, 1.5, 4.0, 8.0, 16.0)  # voxels from the foreground, inside negative: of the rest
-_EDGE, _DEPTH, _RIM, _AROUND = 1.5, 12.0, 2.5, 12.0  # voxels over which the profiles of the distance change
-_PROFILES = 4
+_EDGE, _DEPTH, _AROUND = 1.5, 12.0, 12.0  # voxels over which the profiles of the distance change
+_PROFILES = 3
 _COLOUR_SHARE = 0.5  # of the coefficients an axis, for what is no brightness: colours change slowly over an image
 _RINGS = 6  # of the cosines' frequencies, within which coefficients vary alike
 _INNER_PROFILES = 2  # edge and depth alone are tilted, and have colours
@@ -294,15 +294,14 @@ def _ranks(field: Array) -> Array:
 def _profiles(distance: Array) -> Singles:
     """Return how grey values go with the distance to the foreground (profile, voxel), inner ones first.
 
-    The step at its edge, how they change with the depth inside, a rim around it, and what surrounds it. Free bands
-    of the distance would follow any course, and so, drawn at random, show rings that no patient has.
+    The step at its edge, how they change with the depth inside, and what surrounds it. Free bands of the distance, or
+    a rim of its own, would follow any course, and so, under noise, show rings that no patient has.
     """
     inside, outside = np.clip(-distance, 0, None), np.clip(distance, 0, None)
     edge = 1 - np.clip(distance / _EDGE, -1, 1)
     depth = 3 * np.clip(inside / _DEPTH, 0, 1)
-    rim = 4 * (1 - edge / 2) * np.exp(-outside / _RIM)
     around = 2 * np.exp(-outside / _AROUND)
-    return np.stack([edge, depth, rim, around]).astype(np.float32)
+    return np.stack([edge, depth, around]).astype(np.float32)
 
 
 def _whitening(gram: Array, ridge: float) -> Array:
