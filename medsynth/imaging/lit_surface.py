@@ -21,7 +21,7 @@ _SIZE = 128.0  # pixels along the image for which lengths below are meant; they 
 _MARGIN = 16  # pixels by which a dome goes on beyond the image
 _UNLABELLED = 0.2  # domes an image that are no foreground
 _TILT = 0.35  # standard deviation of how far the lamp is beside the camera
-_VESSELS, _ROUGH, _DISTURBED = 0.6, 0.4, 0.5  # shares of the images with vessels, of rough domes, of dark lumens
+_VESSELS, _ROUGH, _LUMEN = 0.6, 0.4, 0.5  # shares: of images with vessels, of domes that are rough, of dark lumens
 
 
 def lit_surface(label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
@@ -77,7 +77,7 @@ class _Scene:
         radius = np.hypot(along * squeeze, across / squeeze) + draw(2, 9) * self.field(draw(8, 20))
         angle = np.arctan2(across, along)
         height, shade = np.zeros(self.mask.shape), np.zeros(self.mask.shape)
-        if self.rng.random() < _DISTURBED:
+        if self.rng.random() < _LUMEN:
             shade += draw(0.5, 4) * np.exp(-np.square(np.clip(radius, 0, None) / (draw(0.08, 0.35) * size)))
         last, place, share = 0.0, draw(0.08, 0.3) * size, self.rng.random()
         while place < 1.3 * size:
