@@ -104,8 +104,12 @@ class Study(Section):
                 raise ValueError("train.appearance.template_centre_mm is for MR volumes of one channel with a spacing")
             if self.train.appearance.factors:
                 raise ValueError("train.appearance.template_centre_mm guesses no factors: set one of both alone")
-        if self.train.appearance.texture != "noise" and not (self.train.appearance.factors and dims == 2):
-            raise ValueError("train.appearance.texture lit_surface is for photographs: spatial_dims 2 and factors")
+        if self.train.appearance.texture == "lit_surface" and (dims != 2 or not self.train.appearance.factors):
+            raise ValueError(
+                "train.appearance.texture lit_surface needs grid.spatial_dims 2 and train.appearance.factors above 0"
+            )
+        if self.train.appearance.texture == "lit_surface" and min(self.grid.shape) < 2:
+            raise ValueError("train.appearance.texture lit_surface needs a grid.shape of at least 2 pixels an axis")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":

@@ -236,7 +236,8 @@ class Appearance(Section):
     texture: Literal["noise", "lit_surface"] = Field(
         "noise",
         description="what drafts with factors show beside light and colours; lit_surface: public scenes of a wall with "
-        "folds, and a dome over each foreground, under a lamp at the camera, for endoscopy",
+        "folds, a dome over each connected foreground and seldom one without a label, under a lamp at the camera, for "
+        "endoscopy",
     )
     template_centre_mm: tuple[Finite, Finite, Finite] | None = Field(
         None,

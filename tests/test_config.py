@@ -48,7 +48,7 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("train.appearance.template_centre_mm", [0, 0, 0], "MR volumes of one channel with a spacing"),
         ("train.appearance.template_centre_mm", [0, 0, ".nan"], "train.appearance.template_centre_mm"),
         ("train.appearance.template_centre_mm", [0, 0], "train.appearance.template_centre_mm"),
-        ("train.appearance.texture", "lit_surface", "spatial_dims 2 and factors"),
+        ("train.appearance.texture", "lit_surface", "needs grid.spatial_dims 2 and train.appearance.factors above 0"),
         ("train.channels", [8, 6], "must divide by train.norm_groups"),
         ("train.attention_levels", [True], "one entry a level"),
         ("train.head_channels", 3, "must divide by train.head_channels where attention is"),

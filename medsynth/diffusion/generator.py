@@ -141,9 +141,13 @@ def load_dresser(folder: Path, space: Drafting) -> Dresser:
     """
     with np.load(folder / APPEARANCE) as arrays:
         found = {name: arrays[name] for name in arrays.files}
+    other = StoreError(
+        "another version of medsynth wrote the appearance statistics: start the run again in a new folder"
+    )
     try:
-        return Dresser(space, space.statistics_type(**found))
+        statistics = space.statistics_type(**found)
     except TypeError as error:
-        raise StoreError(
-            "another version of medsynth wrote the appearance statistics: start the run again in a new folder"
-        ) from error
+        raise other from error
+    if not space.fits(statistics):
+        raise other
+    return Dresser(space, statistics)

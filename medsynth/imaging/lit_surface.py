@@ -1,8 +1,9 @@
 """Public scenes: an uneven wall under a lamp at the camera, as an endoscope sees it; nothing reads a patient.
 
-A height over the image plane: a wall, folds around a lumen, and a dome over each connected part of the foreground.
-It is lit by Lambert's law, with highlights where it faces the lamp (Blinn 1977), shadows behind folds and beside
-domes, and vessels. All sizes are drawn from fixed ranges.
+A height over the image plane: a wall, folds around a lumen, a dome over each connected part of the foreground, and
+seldom one without a label, so that not every dome is what a network looks for. It is lit by Lambert's law, with
+highlights where it faces the lamp (Blinn 1977), shadows behind folds and beside domes, and vessels. All sizes are
+drawn from fixed ranges.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _SIZE = 128.0  # pixels along the image for which lengths below are meant; they grow with the image
-_MARGIN = 16  # pixels by which a dome goes on beyond the image
+_MARGIN = 16  # by which a dome goes on beyond the image
 _UNLABELLED = 0.2  # domes an image that are no foreground
 _TILT = 0.35  # standard deviation of how far the lamp is beside the camera
 _VESSELS, _ROUGH, _LUMEN = 0.6, 0.4, 0.5  # shares: of images with vessels, of domes that are rough, of dark lumens
@@ -35,8 +36,8 @@ def lit_surface(label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
     folds, shade = scene.folds()
     hidden = 1 - scene.blurred(scene.mask * rng.uniform(0.5, 1), 0.7)  # domes stand before folds
     height = scene.wall() + folds * hidden
-    for mask in scene.domes():
-        height += scene.dome(mask)
+    for bulge in scene.bulges():
+        height += scene.dome(bulge)
     height = scene.blurred(height, rng.uniform(0.6, 1.2))
     lamp = np.array([*rng.normal(0, _TILT, 2), 1.0])
     lamp /= np.linalg.norm(lamp)
@@ -46,7 +47,7 @@ def lit_surface(label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
     return _standard(image + scene.highlights(height, lamp))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Scene:
     """One scene in the making: the foreground, the length of a unit in pixels, the draws."""
 
@@ -93,21 +94,26 @@ class _Scene:
             last, place = place, place + draw(0.08, 0.3) * size
         return self.unit * height, shade
 
-    def domes(self) -> list[Mask]:
-        """Return where the surface bulges: the parts of the foreground, and seldom a place without a label."""
+    def bulges(self) -> list[Array]:
+        """Return what domes rise from: each connected part of the foreground, and seldom a place without a label."""
         parts, count = ndimage.label(self.mask)
-        found = [parts == part for part in range(1, count + 1)]
+        whole = self.bulge(self.mask) if count else np.zeros(self.mask.shape)
+        found = [whole * (parts == part) for part in range(1, count + 1)]
         for _ in range(self.rng.poisson(_UNLABELLED)):
             middle, squeeze = self.rng.uniform(0, 1, 2) * self.mask.shape, self.rng.uniform(0.6, 1.6)
             rows, columns = np.indices(self.mask.shape)
             radius = np.hypot((rows - middle[0]) * squeeze, (columns - middle[1]) / squeeze)
-            found.append(radius + 2 * self.unit * self.field(6) < self.rng.uniform(0.04, 0.15) * _SIZE * self.unit)
-        return [mask for mask in found if mask.any()]
+            place = radius + 2 * self.unit * self.field(6) < self.rng.uniform(0.04, 0.15) * _SIZE * self.unit
+            if place.any():
+                found.append(self.bulge(place))
+        return found
 
-    def dome(self, mask: Mask) -> Array:
-        """Return the height of a dome over a mask, from flat to half a sphere."""
+    def bulge(self, mask: Mask) -> Array:
+        return _bulge(mask, round(_MARGIN * self.unit))
+
+    def dome(self, bulge: Array) -> Array:
+        """Return the height of a dome: over a disc from a fifth to nine tenths of half a sphere, steep or blunt."""
         draw = self.rng.uniform
-        bulge = _bulge(mask)
         top = float(bulge.max())
         share = bulge / top
         height = self.blurred(share ** draw(0.35, 0.9), draw(0.4, 1.2))
@@ -143,9 +149,12 @@ class _Scene:
         return np.asarray(draw(1, 5) * self.blurred(bright.astype(float), 0.6))
 
 
-def _bulge(mask: Mask) -> Array:
-    """Return the solution of Poisson's equation on a mask, zero at its edge: its root over a disc is half a sphere."""
-    wide = np.pad(np.pad(mask, _MARGIN, mode="edge"), 1)
+def _bulge(mask: Mask, margin: int) -> Array:
+    """Return the solution of Poisson's equation on a mask, zero at its edge: its root over a disc is half a sphere.
+
+    What touches the edge of the image goes on beyond it for ``margin`` pixels.
+    """
+    wide = np.pad(np.pad(mask, margin, mode="edge"), 1)
     inside = np.flatnonzero(wide)
     number = np.full(wide.size, -1)
     number[inside] = np.arange(len(inside))
@@ -158,7 +167,7 @@ def _bulge(mask: Mask) -> Array:
     )
     solved = np.zeros(wide.size)
     solved[inside] = spsolve(laplacian, np.ones(shape[0]))
-    edge = _MARGIN + 1
+    edge = margin + 1
     return np.asarray(np.clip(solved.reshape(wide.shape)[edge:-edge, edge:-edge], 0, None))
 
 

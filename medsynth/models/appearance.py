@@ -155,6 +155,10 @@ class AppearanceSpace:
         weights = self._fit.solve(believed * np.sqrt(self.grid.channels))
         return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1), self._fit.mean_pose)
 
+    def fits(self, statistics: AppearanceStatistics) -> bool:
+        """Return whether statistics are of this layout."""
+        return statistics.density.shape == (self.grid.channels, self.levels, self.features.size)
+
     def render(
         self, label: NDArray[np.uint8], statistics: AppearanceStatistics, rng: np.random.Generator
     ) -> NDArray[np.float32]:

@@ -35,6 +35,10 @@ class Drafting(Protocol):
         """Read the released mean of vectors, with noise of ``noise_sd`` in each entry, back into statistics."""
         ...
 
+    def fits(self, statistics: Any) -> bool:
+        """Return whether statistics are of this layout: another version of medsynth may have had another."""
+        ...
+
     def render(self, label: NDArray[np.uint8], statistics: Any, rng: np.random.Generator) -> NDArray[np.float32]:
         """Return an image (channel, \\*spatial) in [-1, 1] of a label map."""
         ...

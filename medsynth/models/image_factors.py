@@ -32,7 +32,7 @@ from medsynth.models.shrinkage import signal_share
 
 _KNOTS = (-16.0, -8.0, -4.0, -1.5, 1.5, 4.0, 8.0, 16.0)  # voxels from the foreground, inside negative: of the rest
 _EDGE, _DEPTH, _AROUND = 1.5, 12.0, 12.0  # voxels over which the profiles of the distance change
-_PROFILES = 3
+_PROFILES = 3  # that _profiles returns
 _COLOUR_SHARE = 0.5  # of the coefficients an axis, for what is no brightness: colours change slowly over an image
 _RINGS = 6  # of the cosines' frequencies, within which coefficients vary alike
 _INNER_PROFILES = 2  # edge and depth alone are tilted, and have colours
@@ -165,7 +165,8 @@ class FactorSpace:
         factors = _factors(covariance, noise_sd / _SQUARE, self.most)
         sizes = np.bincount(self._groups)
         left = np.bincount(self._groups, np.diag(covariance) - np.square(factors).sum(1)) / sizes
-        left -= noise_sd / _SQUARE / np.sqrt(sizes)  # what is no more than the noise in it is not drawn
+        # Less one standard deviation of the noise that the squares have: what is no more than that is not drawn.
+        left -= noise_sd / _SQUARE / np.sqrt(sizes)
         density = _shrunk(moments.reshape(-1, self._rest_features) * np.sqrt(self.grid.channels / 3), noise_sd)
         return FactorStatistics(
             _shrunk_groups(centre, self._groups, noise_sd / _MEAN),
@@ -175,6 +176,11 @@ class FactorSpace:
             density / _MOMENTS @ self._whiten[2],
             *self._whiten[:2],
         )
+
+    def fits(self, statistics: FactorStatistics) -> bool:
+        """Return whether statistics are of this layout."""
+        rest = (self.grid.channels * self.levels, self._rest_features)
+        return statistics.mean.shape == (self.coefficients,) and statistics.density.shape == rest
 
     def render(
         self, label: NDArray[np.uint8], statistics: FactorStatistics, rng: np.random.Generator
@@ -285,7 +291,7 @@ class FactorSpace:
 
 
 def _ranks(field: Array) -> Array:
-    """Return each value's rank in (0, 1), as many below each as the rank says."""
+    """Return for each value the share, in (0, 1), of all values that are below it."""
     order = np.empty(field.size)
     order[np.argsort(field, axis=None, kind="stable")] = (np.arange(field.size) + 0.5) / field.size
     return order.reshape(field.shape)
@@ -295,7 +301,8 @@ def _profiles(distance: Array) -> Singles:
     """Return how grey values go with the distance to the foreground (profile, voxel), inner ones first.
 
     The step at its edge, how they change with the depth inside, and what surrounds it. Free bands of the distance, or
-    a rim of its own, would follow any course, and so, under noise, show rings that no patient has.
+    a rim of its own, would follow any course, and so, under noise, show rings that no patient has. The factors make
+    them about as large as the cosines.
     """
     inside, outside = np.clip(-distance, 0, None), np.clip(distance, 0, None)
     edge = 1 - np.clip(distance / _EDGE, -1, 1)

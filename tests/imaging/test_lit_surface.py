@@ -17,7 +17,7 @@ def test_a_disc_bulges_as_a_sphere() -> None:
     mask = disc() > 0
     rows, columns = np.indices(mask.shape) - (mask.shape[0] - 1) / 2
     sphere = np.sqrt(np.maximum(20.0**2 - rows**2 - columns**2, 0))
-    height = 2 * np.sqrt(_bulge(mask))
+    height = 2 * np.sqrt(_bulge(mask, 16))
     assert np.abs(height - sphere)[rows**2 + columns**2 < 15**2].max() < 1
     assert not height[~mask].any()
 
@@ -25,7 +25,7 @@ def test_a_disc_bulges_as_a_sphere() -> None:
 def test_a_foreground_at_the_edge_of_the_image_goes_on_beyond_it() -> None:
     mask = np.zeros((32, 32), bool)
     mask[:, :16] = True
-    height = _bulge(mask)
+    height = _bulge(mask, 16)
     assert height[16, 0] > height[16, 8] > height[16, 15] > 0
 
 
@@ -47,8 +47,8 @@ def test_scenes_without_a_foreground_have_no_such_place() -> None:
     assert abs(np.mean([scene[inner].mean() - scene[rim].mean() for scene in scenes])) < 0.3
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (40, 56), (128, 128)])
-@pytest.mark.parametrize("kind", ["none", "all", "one pixel", "two parts"])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 96), (128, 128)])
+@pytest.mark.parametrize("kind", ["none", "all", "one pixel", "two parts", "at the edge"])
 def test_any_label_map_gives_a_scene(shape: tuple[int, int], kind: str) -> None:
     label = np.zeros(shape, np.uint8)
     if kind == "all":
@@ -57,9 +57,22 @@ def test_any_label_map_gives_a_scene(shape: tuple[int, int], kind: str) -> None:
         label[3, 5] = 1
     elif kind == "two parts":
         label[2:9, 2:9], label[12:20, 12:22] = 1, 2
-    scene = lit_surface(label, np.random.default_rng(1))
-    assert scene.shape == shape and np.isfinite(scene).all()
-    assert scene.std() == pytest.approx(1) and scene.mean() == pytest.approx(0, abs=1e-9)
+    elif kind == "at the edge":
+        label[:9, :12] = 1
+    for seed in range(6):
+        scene = lit_surface(label, np.random.default_rng(seed))
+        assert scene.shape == shape and np.isfinite(scene).all()
+        assert scene.std() == pytest.approx(1) and scene.mean() == pytest.approx(0, abs=1e-9)
+
+
+def test_domes_at_the_edge_are_as_high_on_larger_images() -> None:
+    shares = []
+    for size in (64, 256):
+        mask = np.zeros((size, size), bool)
+        mask[:, : size // 2] = True
+        height = np.sqrt(_bulge(mask, round(16 * size / 128)))
+        shares.append(height[size // 2, [0, size // 4]] / size)
+    assert shares[0] == pytest.approx(shares[1], rel=0.05)
 
 
 def test_a_scene_follows_its_seed() -> None:
