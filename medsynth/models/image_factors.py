@@ -300,9 +300,9 @@ def _ranks(field: Array) -> Array:
 def _profiles(distance: Array) -> Singles:
     """Return how grey values go with the distance to the foreground (profile, voxel), inner ones first.
 
-    The step at its edge, how they change with the depth inside, and what surrounds it. Free bands of the distance, or
-    a rim of its own, would follow any course, and so, under noise, show rings that no patient has. The factors make
-    them about as large as the cosines.
+    The step at its edge, how they change with the depth inside, and what surrounds it. Free bands of the distance
+    would follow any course, and so, under noise, show rings that no patient has. The constants make the profiles about
+    as large as the cosines.
     """
     inside, outside = np.clip(-distance, 0, None), np.clip(distance, 0, None)
     edge = 1 - np.clip(distance / _EDGE, -1, 1)
