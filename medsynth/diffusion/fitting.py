@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from medsynth import logs
 from medsynth.config import Train
 from medsynth.diffusion.objective import noise_rows, row_loss
 from medsynth.models.denoiser import Denoiser
@@ -20,6 +24,7 @@ Report = Callable[[int, float], None]
 
 _GRADIENT_BOUND = 1.0
 _WARM_UP = 0.15  # share of the steps in which the rate rises
+_KEEP_EVERY_S = 60.0  # at most so much of a killed training is lost
 
 
 def open_ema(model: nn.Module, decay: float) -> EMAModel:
@@ -31,31 +36,37 @@ def open_ema(model: nn.Module, decay: float) -> EMAModel:
 def fit(
     model: Denoiser,
     draw: Draw,
-    steps: Iterable[int],
-    total: int,
+    what: str,
+    steps: int,
     learning_rate: float,
     settings: Train,
     generator: torch.Generator,
     report: Report,
+    keep: Path | None = None,
 ) -> None:
     """Train ``model`` in place by AdamW with a one-cycle rate and leave it with its averaged weights.
 
     Args:
         model: the denoiser.
         draw: gives the batches.
-        steps: step numbers (a progress bar around a range).
-        total: how many they are.
+        what: what the progress bar calls it.
+        steps: how many.
         learning_rate: the peak.
         settings: noise schedule, mask dropout, EMA decay.
         generator: randomness of batches, noise levels and noise.
         report: called at every step.
+        keep: file in which an unfinished training is kept once a minute. A killed one goes on from there, and ends with
+            the weights that it would have had. It is as sensitive as what is drawn; whoever called removes it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(total, 2), pct_start=_WARM_UP)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=_WARM_UP)
     ema = open_ema(model, settings.ema_decay)
+    parts = {"model": model, "optimizer": optimizer, "rate": rate, "ema": ema}
+    first = _restore(keep, parts, generator)
     model.train()
-    for step in steps:
+    kept = time.monotonic()
+    for step in logs.progress(range(first, steps), what, steps - first):
         latents, masks = draw(generator)
         batch = noise_rows(latents, masks, model.preconditioning, settings.mask_dropout, generator)
         loss = row_loss(model, batch).mean()
@@ -66,4 +77,26 @@ def fit(
         rate.step()
         ema.step(parameters)
         report(step, float(loss.detach()))
+        if keep is not None and time.monotonic() - kept >= _KEEP_EVERY_S:
+            _keep(keep, step + 1, parts, generator)
+            kept = time.monotonic()
     ema.copy_to(parameters)
+
+
+def _keep(path: Path, done: int, parts: dict[str, Any], generator: torch.Generator) -> None:
+    scratch = path.with_suffix(".partial")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({"done": done, "stream": generator.get_state(), **states}, scratch)
+    scratch.replace(path)
+
+
+def _restore(path: Path | None, parts: dict[str, Any], generator: torch.Generator) -> int:
+    """Return how many steps are done, and set all parts to where they were after those."""
+    if path is None or not path.is_file():
+        return 0
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(found[name])
+    generator.set_state(found["stream"])
+    logs.say("going on with what was kept of the training", steps_done=found["done"])
+    return int(found["done"])

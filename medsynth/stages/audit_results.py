@@ -127,8 +127,8 @@ def overfitted_scores(seed: int) -> Scores:
     built = build_generator(space, settings, codec)
     latents, masks = codec.encode(images[:_CONTROL_MEMBERS]), built.masks(labels[:_CONTROL_MEMBERS])
     stream = torch.Generator().manual_seed(seed)
-    steps = logs.progress(range(_CONTROL_STEPS), "overfitting the control", _CONTROL_STEPS)
-    fit(built.denoiser, lambda _: (latents, masks), steps, _CONTROL_STEPS, 4e-3, settings, stream, lambda *_: None)
+    what = "overfitting the control"
+    fit(built.denoiser, lambda _: (latents, masks), what, _CONTROL_STEPS, 4e-3, settings, stream, lambda *_: None)
     built.denoiser.eval()
     people = [Patient("", image[None], label[None]) for image, label in zip(images, labels, strict=True)]
     sides = Sides(people[:_CONTROL_MEMBERS], people[_CONTROL_MEMBERS:])

@@ -44,6 +44,7 @@ from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
 _PRETRAINED = "pretrained.safetensors"
+_UNFINISHED_PUBLIC, _UNFINISHED_OPEN = "pretraining.pt", "training.pt"  # what a killed training goes on from
 _GRAM_MAPS = 48  # label maps that stand for the patients' in the least squares of appearance
 
 
@@ -111,7 +112,7 @@ def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
         # A run that was killed after this line finds the same weights again, and the reservation complete.
         if not any(e["id"] == entry and e["outputs"] == outputs for e in job.ledger.entries()):
             job.ledger.complete(entry, outputs)
-    for name in (_PRETRAINED, *private_training.SCRATCH, STATE):
+    for name in (_PRETRAINED, _UNFINISHED_PUBLIC, _UNFINISHED_OPEN, *private_training.SCRATCH, STATE):
         (job.folder / name).unlink(missing_ok=True)
     return tuple(state["entries"].values())
 
@@ -127,11 +128,11 @@ def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
     settings = job.config.train
     latents, masks = _phantom_latents(job, built, _dresser(job, state), settings.pretrain_phantoms)
     draw = _draw_from(latents, masks, settings.pretrain_batch_size, job.device)
-    steps = logs.progress(range(settings.pretrain_steps), "pre-training on phantoms", settings.pretrain_steps)
     stream = torch.Generator().manual_seed(job.seed("pretrain"))
     report = _reporter(job, "pretrain_loss")
-    rate = settings.pretrain_learning_rate
-    fit(built.denoiser, draw, steps, settings.pretrain_steps, rate, settings, stream, report)
+    unfinished = job.folder / _UNFINISHED_PUBLIC
+    steps, rate = settings.pretrain_steps, settings.pretrain_learning_rate
+    fit(built.denoiser, draw, "pre-training on phantoms", steps, rate, settings, stream, report, unfinished)
     scratch = kept.with_suffix(".partial")
     save_file({k: v.detach().cpu().contiguous() for k, v in built.denoiser.state_dict().items()}, scratch)
     scratch.replace(kept)
@@ -200,11 +201,12 @@ def _draw_from(latents: Tensor, masks: Tensor, size: int, device: torch.device) 
 
 def _reporter(job: Job, name: str) -> Report:
     recent: list[float] = []
-    series: list[float] = []
+    series: list[float] = job.recorded(name)  # of a run that was killed
 
     def report(step: int, loss: float) -> None:
         recent.append(loss)
         if (step + 1) % LOG_EVERY == 0:
+            del series[step // LOG_EVERY :]
             series.append(float(np.mean(recent[-LOG_EVERY:])))
             job.tracker.metrics({name: series[-1]}, step=step + 1)
             job.record(name, series)
@@ -217,13 +219,14 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     from medsynth.privacy.accounting import Event
 
     settings = job.config.train
-    state["entries"]["training"] = job.reserve([Event("nonprivate")])
-    job.save(state)
+    if "training" not in state["entries"]:
+        state["entries"]["training"] = job.reserve([Event("nonprivate")])
+        job.save(state)
     encoded = job.encoded_patients(built)
     latents = torch.cat([rows for _, rows, _ in encoded])
     masks = torch.cat([rows for _, _, rows in encoded])
     draw = _draw_from(latents, masks, settings.batch_size, job.device)
-    steps = logs.progress(range(settings.steps), "training WITHOUT privacy", settings.steps)
     stream = torch.Generator().manual_seed(job.seed("batches"))
-    report = _reporter(job, "loss")
-    fit(built.denoiser, draw, steps, settings.steps, settings.learning_rate, settings, stream, report)
+    report, unfinished = _reporter(job, "loss"), job.folder / _UNFINISHED_OPEN
+    steps, rate = settings.steps, settings.learning_rate
+    fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)

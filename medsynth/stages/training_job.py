@@ -102,10 +102,18 @@ class Job:
     def record(self, name: str, values: Sequence[float]) -> None:
         """Keep a series in the folder for whoever asks later what limited the training."""
         path = self.folder / HISTORY
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps({**kept, name: list(values)}) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps({**self._history(), name: list(values)}) + "\n", encoding="utf-8")
         scratch.replace(path)
+
+    def recorded(self, name: str) -> list[float]:
+        """Return what :meth:`record` kept of a series; nothing of one that it never did."""
+        return self._history().get(name, [])
+
+    def _history(self) -> dict[str, list[float]]:
+        path = self.folder / HISTORY
+        found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
 
     def patients(self) -> list[Patient]:
         """Read the patients that train."""

@@ -154,10 +154,10 @@ def _public_generator(effort: Effort, folder: Path) -> Generator:
             rows = torch.randint(0, len(latents), (32,), generator=stream)
             return latents[rows], masks[rows]
 
-        steps = logs.progress(range(effort.pretrain_steps), "pre-training on phantoms", effort.pretrain_steps)
+        what, steps = "pre-training on phantoms", effort.pretrain_steps
         stream = torch.Generator().manual_seed(0)
         public = settings.model_copy(update={"ema_decay": 0.99})
-        fit(built.denoiser, draw, steps, effort.pretrain_steps, 2e-3, public, stream, lambda _step, _loss: None)
+        fit(built.denoiser, draw, what, steps, 2e-3, public, stream, lambda _step, _loss: None)
         save_file({k: v.detach().contiguous() for k, v in built.denoiser.state_dict().items()}, kept)
     built.denoiser.load_state_dict(load_file(kept))
     return built

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medsynth.config import Study, Synthesise
+from medsynth.diffusion import fitting
 from medsynth.diffusion.fitting import fit
 from medsynth.diffusion.generator import APPEARANCE, Dresser, Generator, build_generator, load_generator, save_generator
 from medsynth.errors import StoreError
@@ -101,9 +102,41 @@ def test_fitting_learns_the_images_that_belong_to_the_masks(tiny_study: Study) -
         losses.append(loss)
 
     before = {name: value.clone() for name, value in built.denoiser.state_dict().items()}
-    fit(built.denoiser, draw, range(80), 80, 5e-3, tiny_study.train, torch.Generator().manual_seed(0), report)
+    fit(built.denoiser, draw, "fitting", 80, 5e-3, tiny_study.train, torch.Generator().manual_seed(0), report)
     assert len(losses) == 80 and sum(losses[-20:]) < 0.9 * sum(losses[:20])
     assert any(not torch.equal(value, before[name]) for name, value in built.denoiser.state_dict().items())
+
+
+def test_a_killed_fit_goes_on_and_ends_with_the_weights_that_it_would_have_had(
+    tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, maps = phantom_pairs(tiny_study.grid, 4, 0)
+    kept, seen = tmp_path / "training.pt", {}
+    monkeypatch.setattr(fitting, "_KEEP_EVERY_S", 0.0)
+
+    def weights(stop_before: int, keep: Path | None) -> list[torch.Tensor]:
+        built, steps = generator(tiny_study), seen.setdefault(stop_before, [])
+        latents, masks = built.codec.encode(torch.from_numpy(images)), built.masks(torch.from_numpy(maps))
+
+        def draw(stream: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = torch.randint(0, 4, (4,), generator=stream)
+            return latents[rows], masks[rows]
+
+        def report(step: int, _loss: float) -> None:
+            steps.append(step)
+            if step == stop_before:
+                raise KeyboardInterrupt
+
+        stream = torch.Generator().manual_seed(0)
+        fit(built.denoiser, draw, "fitting", 12, 5e-3, tiny_study.train, stream, report, keep)
+        return list(built.denoiser.state_dict().values())
+
+    whole = weights(-1, None)
+    with pytest.raises(KeyboardInterrupt):
+        weights(7, kept)
+    resumed = weights(-2, kept)
+    assert seen[-2] == [7, 8, 9, 10, 11]
+    assert all(torch.equal(one, other) for one, other in zip(whole, resumed, strict=True))
 
 
 def dressed(study: Study, built: Generator) -> tuple[Generator, Dresser]:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from medsynth import config, store
 from medsynth.config import Study
+from medsynth.diffusion import fitting
 from medsynth.diffusion.generator import APPEARANCE, WEIGHTS, load_generator
+from medsynth.diffusion.objective import row_loss
 from medsynth.errors import BudgetError, ConfigError, PrivacyError, StoreError
 from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
@@ -72,6 +74,45 @@ def test_the_losses_on_phantoms_are_kept(
     history = json.loads((inputs["generator"] / HISTORY).read_text())
     assert list(history) == ["pretrain_loss"] and len(history["pretrain_loss"]) == 2
     assert all(0 < loss < 10 for loss in history["pretrain_loss"])
+
+
+def test_a_killed_training_without_privacy_goes_on_where_it_was_and_keeps_its_losses(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the pre-training and in the training: no step is taken twice, and the weights are the same."""
+    without = {**tiny_settings, "name": "tiny-nonprivate", "privacy": {**tiny_settings["privacy"], "epsilon": "inf"}}
+    study = changed(without, pretrain_steps=45, steps=45, trainable="all")
+    monkeypatch.setattr(fitting, "_KEEP_EVERY_S", 0.0)
+    whole, killed = (before_training(study, tmp_path / name) for name in ("whole", "killed"))
+    train.run(study, whole, whole["generator"], Tracker())
+    for steps in (30, 40):
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting, "row_loss", stopped_after(steps))
+            with pytest.raises(Killed):
+                train.run(study, killed, killed["generator"], Tracker())
+    monkeypatch.setattr(fitting, "row_loss", stopped_after(90 - 30 - 40))
+    train.run(study, killed, killed["generator"], Tracker())
+    one, other = (load_file(inputs["generator"] / WEIGHTS) for inputs in (whole, killed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses, again = (json.loads((inputs["generator"] / HISTORY).read_text()) for inputs in (whole, killed))
+    assert again == {name: pytest.approx(series, rel=0.1) for name, series in losses.items()}  # means of what each saw
+    assert {name: len(series) for name, series in again.items()} == {"pretrain_loss": 2, "loss": 2}
+    assert [e["mechanisms"] for e in Ledger(killed["ledger"]).entries()] == [
+        e["mechanisms"] for e in Ledger(whole["ledger"]).entries()
+    ]
+    assert {path.name for path in killed["generator"].iterdir()} == {path.name for path in whole["generator"].iterdir()}
+
+
+def stopped_after(steps: int) -> Callable[..., torch.Tensor]:
+    taken: list[int] = []
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        if len(taken) == steps:
+            raise Killed
+        taken.append(1)
+        return row_loss(*arguments)
+
+    return loss
 
 
 def reservations(inputs: dict[str, Path]) -> list[dict[str, Any]]:
