@@ -19,10 +19,12 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _SIZE = 128.0  # pixels along the image for which lengths below are meant; they grow with the image
+_PATCHES = 4  # kinds of coloured patches an image
 _MARGIN = 16  # by which a dome goes on beyond the image
 _UNLABELLED = 0.2  # domes an image that are no foreground
 _TILT = 0.35  # standard deviation of how far the lamp is beside the camera
-_VESSELS, _ROUGH, _LUMEN = 0.6, 0.4, 0.5  # shares: of images with vessels, of domes that are rough, of dark lumens
+_VESSELS, _LUMEN = 0.6, 0.5  # shares of images with vessels and with a dark lumen
+_ROUGH, _FLAT = 0.4, 0.5  # shares of domes
 
 
 def lit_surface(label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
@@ -45,6 +47,23 @@ def lit_surface(label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
     image -= 1.2 * shade * hidden + scene.crevice() + scene.vessels()
     image += rng.uniform(0.03, 0.25) * scene.field(rng.uniform(0.5, 1.2))
     return _standard(image + scene.highlights(height, lamp))
+
+
+def pigment(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Return one colour (row, column) of a drawn wall, of zero mean and unit variance: patches with clear outlines.
+
+    Args:
+        shape: (row, column).
+        rng: the draws.
+    """
+    scene = _Scene(np.zeros(shape, dtype=bool), max(shape) / _SIZE, rng)
+    draw = rng.uniform
+    image = draw(0.2, 1) * scene.field(draw(10, 25)) + draw(0, 0.15) * scene.field(draw(2, 6))
+    for _ in range(_PATCHES):
+        field = scene.field(draw(4, 14))
+        patch = field > draw(0.5, 2.0)
+        image += rng.normal() * scene.blurred(patch.astype(float), draw(0.4, 1.2)) * (1 + 0.3 * scene.field(8))
+    return _standard(image - rng.normal(0, 0.7) * scene.vessels())
 
 
 @dataclass(frozen=True)
@@ -112,14 +131,15 @@ class _Scene:
         return _bulge(mask, round(_MARGIN * self.unit))
 
     def dome(self, bulge: Array) -> Array:
-        """Return the height of a dome: over a disc from a fifth to nine tenths of half a sphere, steep or blunt."""
+        """Return the height of a dome: over a disc up to nine tenths of half a sphere, steep or blunt, or flat."""
         draw = self.rng.uniform
         top = float(bulge.max())
         share = bulge / top
         height = self.blurred(share ** draw(0.35, 0.9), draw(0.4, 1.2))
         if self.rng.random() < _ROUGH:
             height += draw(0.02, 0.1) * self.field(draw(2, 6)) * np.sqrt(share)
-        return draw(0.2, 0.9) * 2 * np.sqrt(top) * height
+        part = draw(0, 0.25) if self.rng.random() < _FLAT else draw(0.2, 0.9)
+        return np.asarray(part * 2 * np.sqrt(top) * height)
 
     def crevice(self) -> Array:
         """Return the shade around the foreground."""

@@ -24,7 +24,7 @@ from scipy import fft, ndimage
 from scipy.special import ndtri
 
 from medsynth.config import Appearance, Grid
-from medsynth.imaging.lit_surface import lit_surface
+from medsynth.imaging.lit_surface import lit_surface, pigment
 from medsynth.models.appearance import cumulative, quantile, waves
 from medsynth.models.label_features import Singles, cosine_products, hats, low_pass, signed_distance
 from medsynth.models.pose import Array
@@ -39,11 +39,13 @@ _INNER_PROFILES = 2  # edge and depth alone are tilted, and have colours
 _REST_WAVES = 4  # cosines an axis for the distribution of what the coefficients leave
 _RIDGE, _REST_RIDGE = 0.01, 0.02
 _DARK = -0.8  # below it in all channels a voxel belongs to the frame
+_RIM = 3  # voxels beside the frame, half dark, that tell nothing
 _CELL = 4  # voxels an axis over which the frame is averaged
 _WIDTHS = (1.0, 2.0, 4.0, 8.0)  # voxels, between the bands of texture
 _SOFT_CELLS, _LEAST_FRAME = 0.7, 0.15  # against noise: widths of a blur, least share of patients that is drawn
 _REACH = 4.0  # standard deviations of the rest that its distribution covers
-_LOG_REST, _LOG_WEIGHT = -2.0, 0.5  # public centre of the logarithm of the rest's standard deviation; its weight
+_LOG_REST, _LOG_COLOUR = -2.0, -3.0  # public centres of the logarithm of the rest's standard deviation
+_LOG_WEIGHT, _BAND_WEIGHT = 0.5, 0.25  # of that logarithm; of the bands of colours
 _EVEN = 1 / np.sqrt(len(_WIDTHS) + 1)  # public centre of the strength of each band of texture
 _LONGEST = 1.1  # a patient's coefficients are shortened to this norm before they are squared
 _COUNT, _MEAN, _FRAME, _MOMENTS, _SQUARE = 0.3, 0.35, 0.5, 0.12, 1.2  # weights of the parts under one clip
@@ -52,6 +54,7 @@ _THIN = 3  # every third voxel is enough for a fit
 _LEAST_SHARE = 0.02  # of the voxels must be outside the frame
 _CELLS, _LEAST_DENSITY, _SHARPENING = 32, 0.02, 1.5
 _GRAIN = 0.02
+_SHARED = (-0.2, 0.3)  # mean and spread of the correlation of colours with the light that falls on them
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class FactorSpace:
         self._rest_features = len(self._rest_waves) + len(_KNOTS) - 1
         self._groups = self._coefficient_groups(radius)
         self._colours = fft.dct(np.eye(grid.channels), norm="ortho", axis=0)  # brightness first, then what opposes
+        self._log_rest, self._band_weights = np.full(grid.channels, _LOG_COLOUR), np.full(grid.channels, _BAND_WEIGHT)
+        self._log_rest[0], self._band_weights[0] = _LOG_REST, 1
         self._cells = tuple(size // _CELL for size in grid.shape)
         self._whiten = self._orthogonal(maps)
 
@@ -123,17 +128,19 @@ class FactorSpace:
             label: (\\*spatial) integers.
         """
         frame = ndimage.median_filter((image.max(0) < _DARK).astype(np.uint8), 3) > 0
-        shown = ~frame.reshape(-1)
+        shown = ~ndimage.binary_dilation(frame, iterations=_RIM).reshape(-1)
         if not (label > 0).any() or shown.mean() < _LEAST_SHARE:
             return np.zeros(self.size)
         smooth, rest = self._fit(image, label, shown)
-        deviation = np.sqrt(np.square(rest[:, shown]).mean()) + 1e-3
-        bands = [np.square(band.reshape(len(rest), -1)[:, shown]).mean() for band in _bands(rest.reshape(image.shape))]
-        scales = np.sqrt(np.array(bands) / (np.sum(bands) + 1e-9))
-        strength = _LOG_WEIGHT * np.clip(np.log(deviation) - _LOG_REST, -1, 1)
-        coefficients = np.concatenate([smooth, [strength], scales - _EVEN])
+        deviations = np.sqrt(np.square(rest[:, shown]).mean(1)) + 1e-3
+        bands = _strengths(rest.reshape(image.shape), shown)
+        sums = np.linalg.norm(bands, axis=1) + 1e-3
+        scales = bands / sums[:, None]
+        strengths = _LOG_WEIGHT * np.clip(np.log(sums) - self._log_rest, -1, 1)
+        texture = self._band_weights[:, None] * (scales - _EVEN)
+        coefficients = np.concatenate([smooth, strengths, texture.reshape(-1)])
         coefficients *= min(1.0, _LONGEST / np.linalg.norm(coefficients))
-        moments = self._moments(rest / (_REACH * deviation), label, shown)
+        moments = self._moments(rest / (_REACH * deviations[:, None]), label, shown)
         rows, columns, weight = _triangle(self.coefficients)
         return np.concatenate(
             [
@@ -188,11 +195,13 @@ class FactorSpace:
         """Return an image (channel, \\*spatial) in [-1, 1] of a label map, dressed with released statistics."""
         drawn = statistics.mean + statistics.factors @ rng.standard_normal(statistics.factors.shape[1])
         drawn = drawn + statistics.rest * rng.standard_normal(len(drawn))
-        smooth, (strength, *scales) = np.split(drawn, [self.coefficients - len(_WIDTHS) - 2])
-        texture = self._texture(label, statistics.density, np.maximum(np.array(scales) + _EVEN, 0.02), rng)
-        texture *= _REACH * np.exp(np.clip(strength / _LOG_WEIGHT, -1, 1) + _LOG_REST)
-        light = self._smooth(smooth, label, (statistics.bright, statistics.slow))
-        image = np.maximum(light + texture, _DARK).reshape(-1, *label.shape)
+        cuts = self.coefficients - np.array([len(_WIDTHS) + 2, len(_WIDTHS) + 1]) * self.grid.channels
+        smooth, strengths, bands = np.split(drawn, cuts)
+        scales = bands.reshape(self.grid.channels, -1) / self._band_weights[:, None] + _EVEN
+        planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), rng)
+        planes *= np.exp(np.clip(strengths / _LOG_WEIGHT, -1, 1) + self._log_rest)[:, None]
+        planes += self._smooth(smooth, label, (statistics.bright, statistics.slow))
+        image = np.maximum(self._colours.T @ planes, _DARK).reshape(-1, *label.shape)
         zoom = [size / cells for size, cells in zip(label.shape, statistics.frame.shape, strict=True)]
         softened = ndimage.gaussian_filter(statistics.frame, _SOFT_CELLS, mode="nearest")
         share = ndimage.zoom(softened, zoom, order=1, mode="nearest", grid_mode=True)
@@ -210,8 +219,9 @@ class FactorSpace:
         bright = np.concatenate([ring, _RINGS + np.arange(_PROFILES), _RINGS + _PROFILES + tilts])
         most = int(bright.max()) + 1
         parts = [bright, *(row * most + bright[self._slow] for row in range(1, self.grid.channels))]
-        rest = self.grid.channels * most + np.arange(len(_WIDTHS) + 2)
-        return np.asarray(np.unique(np.concatenate([*parts, rest]), return_inverse=True)[1])
+        strengths = self.grid.channels * most + np.minimum(np.arange(self.grid.channels), 1)
+        bands = np.repeat(strengths + 2, len(_WIDTHS) + 1)
+        return np.asarray(np.unique(np.concatenate([*parts, strengths, bands]), return_inverse=True)[1])
 
     def _parts(self, label: NDArray[np.uint8], chosen: Any = slice(None)) -> tuple[Singles, Singles]:
         """Return the features of the smooth part and of the rest, (feature, voxel) each."""
@@ -244,7 +254,7 @@ class FactorSpace:
     def _fit(
         self, image: NDArray[np.float32], label: NDArray[np.uint8], shown: NDArray[np.bool_]
     ) -> tuple[Array, Array]:
-        """Return the smooth part's coefficients and the rest (channel, voxel), 0 in the frame."""
+        """Return the smooth part's coefficients and the rest (colour, voxel), 0 in the frame."""
         planes = self._colours @ image.reshape(self.grid.channels, -1)
         chosen = np.flatnonzero(shown)[::_THIN]
         found, left = [], np.empty_like(planes)
@@ -253,41 +263,53 @@ class FactorSpace:
             gram = part @ part.T / len(chosen) + _RIDGE * np.eye(len(part))
             found.append(np.linalg.solve(gram, part @ planes[row, chosen] / len(chosen)))
             left[row] = (planes[row] - found[-1] @ basis) * shown
-        return np.concatenate(found), self._colours.T @ left
+        return np.concatenate(found), left
 
     def _smooth(self, coefficients: Array, label: NDArray[np.uint8], whiten: tuple[Array, Array]) -> Array:
         bases = self._bases(label, whiten)
         cuts = np.cumsum([len(basis) for _, basis in bases])[:-1]
-        planes = [part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)]
-        return np.asarray(self._colours.T @ np.stack(planes))
+        return np.stack([part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)])
 
     def _moments(self, rest: Array, label: NDArray[np.uint8], shown: NDArray[np.bool_]) -> Array:
-        """Return mean products (channel, level, feature) of features and cosines of the rest, in [-1, 1]."""
+        """Return mean products (colour, level, feature) of features and cosines of the rest, in [-1, 1]."""
         features = (self._whiten[2] @ self._parts(label)[1])[:, shown]
         values = np.clip(rest[:, shown], -1, 1)
         return np.stack([waves(line, self.levels) @ features.T for line in values]) / shown.sum()
 
-    def _scene(self, label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
-        """Return what the rest shows (1, \\*spatial), normal in its values."""
-        if self._lit:
-            return np.asarray(ndtri(_ranks(lit_surface(label, rng)))[None])
-        return rng.standard_normal((1, *label.shape))
+    def _scenes(self, label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
+        """Return what the rest shows in each colour (colour, \\*spatial), about normal in its values."""
+        shape = (self.grid.channels, *label.shape)
+        if not self._lit:
+            return rng.standard_normal(shape)
+        light = lit_surface(label, rng)
+        scenes = [np.asarray(ndtri(_ranks(light)))]
+        for _ in range(self.grid.channels - 1):
+            shared = np.clip(rng.normal(*_SHARED), -0.9, 0.9)
+            scenes.append(shared * light + np.sqrt(1 - shared**2) * pigment(label.shape, rng))
+        return np.stack(scenes)
 
     def _texture(self, label: NDArray[np.uint8], density: Array, scales: Array, rng: np.random.Generator) -> Array:
-        """Return the rest (channel, voxel) in [-1, 1]: one field in all channels, as quantiles of its distribution.
+        """Return the rest (colour, voxel) in [-1, 1]: a field for each colour, as quantiles of its distribution.
 
-        The field is as strong in each band of fineness as the patient drawn; what it shows is noise or a public scene.
+        A field is as strong in each band of fineness as the patient drawn; what it shows is noise or a public scene.
         """
-        scene = self._scene(label, rng)
-        field = np.sum([scale * band / band.std() for scale, band in zip(scales, _bands(scene), strict=True)], axis=0)
-        rank = _ranks(field).astype(np.float32).reshape(-1, 1)
+        bands = [band / band.std((*range(1, band.ndim),), keepdims=True) for band in _bands(self._scenes(label, rng))]
+        fields = np.einsum("cb,bc...->c...", scales, np.stack(bands))
         series = (density @ self._parts(label)[1]).reshape(self.grid.channels, self.levels, -1)
         edges = waves(np.linspace(-1, 1, _CELLS + 1), self.levels)
         planes = []
-        for lines in series:
+        for field, lines in zip(fields, series, strict=True):
             values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
+            rank = _ranks(field).astype(np.float32).reshape(-1, 1)
             planes.append(quantile(cumulative(values).astype(np.float32), rank))
-        return np.stack(planes).astype(float)
+        texture = np.stack(planes).astype(float)
+        return texture / (np.linalg.norm(_strengths(texture.reshape(fields.shape)), axis=1, keepdims=True) + 1e-9)
+
+
+def _strengths(images: Array, shown: Any = slice(None)) -> Array:
+    """Return the root mean square (channel, band) of each band of images (channel, \\*spatial) at some voxels."""
+    bands = np.stack(_bands(images)).reshape(len(_WIDTHS) + 1, len(images), -1)
+    return np.sqrt(np.square(bands[..., shown]).mean(2)).T
 
 
 def _ranks(field: Array) -> Array:

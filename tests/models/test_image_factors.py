@@ -32,25 +32,31 @@ def space(rank: int = 2, channels: int = 3) -> FactorSpace:
     return layout
 
 
-def pairs(rank: int = 2, channels: int = 3, count: int = 40) -> tuple[list[np.ndarray], np.ndarray]:
-    """Images as bright as 0.4 times one normal number a patient, whose lesions are brighter or darker by another."""
+def pairs(
+    rank: int = 2, channels: int = 3, count: int = 40, colour: float = 0.08
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Coloured images, as bright as 0.4 times one normal number a patient, whose lesions are brighter or darker by another."""
     labels, images, rng = sample_label_maps(grid(rank), count, 2), [], np.random.default_rng(0)
     for index, label in enumerate(labels):
         light, contrast = 0.3 * rng.standard_normal(), rng.choice([-0.3, 0.3])
-        texture = 0.05 * smooth_field(np.random.default_rng(index), label.shape, 4)
-        images.append(np.repeat((light + contrast * (label > 0) + texture)[None], channels, 0).clip(-1, 1))
+        texture = 0.1 * smooth_field(np.random.default_rng(index), label.shape, 24)
+        grey = np.repeat((light + contrast * (label > 0) + texture)[None], channels, 0)
+        shades = [colour * smooth_field(np.random.default_rng([index, row]), label.shape, 24) for row in range(channels)]
+        images.append((grey + np.stack(shades)).clip(-1, 1))
     return [image.astype(np.float32) for image in images], labels
 
 
 @lru_cache
-def released(rank: int = 2, channels: int = 3) -> np.ndarray:
-    images, labels = pairs(rank, channels)
+def released(rank: int = 2, channels: int = 3, colour: float = 0.08) -> np.ndarray:
+    images, labels = pairs(rank, channels, colour=colour if channels > 1 else 0)
     return np.mean([space(rank, channels).vector(x, y) for x, y in zip(images, labels, strict=True)], axis=0)
 
 
-def drafts(noise_sd: float = 0.0, rank: int = 2, channels: int = 3, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
+def drafts(
+    noise_sd: float = 0.0, rank: int = 2, channels: int = 3, count: int = 60, colour: float = 0.08
+) -> tuple[np.ndarray, np.ndarray]:
     layout, rng = space(rank, channels), np.random.default_rng(3)
-    mean = released(rank, channels)
+    mean = released(rank, channels, colour)
     found = layout.statistics(mean + noise_sd * rng.standard_normal(mean.size), noise_sd)
     labels = sample_label_maps(grid(rank), count, 9)
     return np.stack([layout.render(label, found, rng) for label in labels]), labels
@@ -86,7 +92,7 @@ def test_what_varies_no_more_than_its_noise_is_not_drawn() -> None:
     """Alike patients: at most the noise in their squares could be taken for differences between them."""
     images, labels = pairs()
     one = space().vector(images[0], labels[0])
-    drawn = [np.random.default_rng(seed).normal(0, 0.01, one.size) for seed in range(8)]
+    drawn = [np.random.default_rng(seed).normal(0, 0.01, one.size) for seed in range(64)]
     rests = [space().statistics(one + noise, 0.01).rest for noise in drawn]
     assert np.mean(np.square(rests)) < 0.05 * 0.01 / 1.2
 
@@ -133,8 +139,21 @@ def test_drafts_need_no_label_maps_beside_what_was_released() -> None:
 
 
 def test_grey_patients_give_grey_drafts() -> None:
-    images, _ = drafts()
+    images, _ = drafts(colour=0)
     assert np.abs(images[:, 0] - images[:, 2]).mean() < 0.03
+
+
+def test_colours_vary_beside_brightness_as_strongly_and_as_finely_as_in_patients() -> None:
+    """One field in all channels would leave the background of one colour, and every edge of a colour a lesion's."""
+    images, labels = pairs()
+    seen = []
+    for pictures, maps in ((images, labels), drafts()):
+        opposed = [image[0] - image[2] for image in pictures]
+        seen.append(
+            [(np.diff(line[:, :8]).std(), line[label == 0].std()) for line, label in zip(opposed, maps, strict=True)]
+        )
+    fine, whole = np.median(seen[1], axis=0) / np.median(seen[0], axis=0)
+    assert 0.6 < fine < 1.6 and 0.6 < whole < 1.6
 
 
 def test_a_dark_frame_of_some_patients_is_in_as_many_drafts() -> None:
