@@ -35,13 +35,15 @@ def space(rank: int = 2, channels: int = 3) -> FactorSpace:
 def pairs(
     rank: int = 2, channels: int = 3, count: int = 40, colour: float = 0.08
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Coloured images, as bright as 0.4 times one normal number a patient, whose lesions are brighter or darker by another."""
+    """Coloured images, as bright as one normal number a patient, whose lesions are brighter or darker by another."""
     labels, images, rng = sample_label_maps(grid(rank), count, 2), [], np.random.default_rng(0)
     for index, label in enumerate(labels):
         light, contrast = 0.3 * rng.standard_normal(), rng.choice([-0.3, 0.3])
         texture = 0.1 * smooth_field(np.random.default_rng(index), label.shape, 24)
         grey = np.repeat((light + contrast * (label > 0) + texture)[None], channels, 0)
-        shades = [colour * smooth_field(np.random.default_rng([index, row]), label.shape, 24) for row in range(channels)]
+        shades = [
+            colour * smooth_field(np.random.default_rng([index, row]), label.shape, 24) for row in range(channels)
+        ]
         images.append((grey + np.stack(shades)).clip(-1, 1))
     return [image.astype(np.float32) for image in images], labels
 
