@@ -235,9 +235,9 @@ class Appearance(Section):
     )
     texture: Literal["noise", "lit_surface"] = Field(
         "noise",
-        description="what drafts with factors show beside light and colours; lit_surface: public scenes of a wall with "
-        "folds, a dome over each connected foreground and seldom one without a label, under a lamp at the camera, for "
-        "endoscopy",
+        description="what drafts with factors show beside light and contrast; lit_surface: public scenes of a wall "
+        "with folds and coloured patches, a dome over each connected foreground and seldom one without a label, under "
+        "a lamp at the camera, for endoscopy",
     )
     template_centre_mm: tuple[Finite, Finite, Finite] | None = Field(
         None,
@@ -330,7 +330,8 @@ class Segment(Section):
     seeds: tuple[int, ...] = (0,)
     augment: bool = True
     largest_component: bool = Field(
-        False, description="predictions keep their largest connected part alone: for a foreground that is one organ"
+        False,
+        description="predictions keep their largest connected part alone: for a foreground that is one organ or lesion",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,15 +56,17 @@ def fit(
         settings: noise schedule, mask dropout, EMA decay.
         generator: randomness of batches, noise levels and noise.
         report: called at every step.
-        keep: file in which an unfinished training is kept once a minute. A killed one goes on from there, and ends with
-            the weights that it would have had. It is as sensitive as what is drawn; whoever called removes it.
+        keep: file in which an unfinished training is kept once a minute. A killed one goes on from there, and on the
+            same device ends with the weights that it would have had. It is as sensitive as what is drawn; whoever
+            called removes it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=_WARM_UP)
     ema = open_ema(model, settings.ema_decay)
     parts = {"model": model, "optimizer": optimizer, "rate": rate, "ema": ema}
-    first = _restore(keep, parts, generator)
+    first = _go_on(keep, parts, generator)
+    ema.to(device=parameters[0].device)
     model.train()
     kept = time.monotonic()
     for step in logs.progress(range(first, steps), what, steps - first):
@@ -86,15 +89,22 @@ def fit(
 def _keep(path: Path, done: int, parts: dict[str, Any], generator: torch.Generator) -> None:
     scratch = path.with_suffix(".partial")
     states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"done": done, "stream": generator.get_state(), **states}, scratch)
+    with scratch.open("wb") as file:
+        torch.save({"done": done, "stream": generator.get_state(), **states}, file)
+        file.flush()
+        os.fsync(file.fileno())
     scratch.replace(path)
 
 
-def _restore(path: Path | None, parts: dict[str, Any], generator: torch.Generator) -> int:
-    """Return how many steps are done, and set all parts to where they were after those."""
+def _go_on(path: Path | None, parts: dict[str, Any], generator: torch.Generator) -> int:
+    """Set all parts to where a killed training kept them, and return how many steps it had done."""
     if path is None or not path.is_file():
         return 0
-    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; nothing is lost but time
+        logs.say("what was kept of the training cannot be read: it begins again", reason=type(error).__name__)
+        return 0
     for name, part in parts.items():
         part.load_state_dict(found[name])
     generator.set_state(found["stream"])

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _SIZE = 128.0  # pixels along the image for which lengths below are meant; they grow with the image
-_PATCHES = 4  # kinds of coloured patches an image
+_PATCHES = 4  # kinds of patches a colour
 _MARGIN = 16  # by which a dome goes on beyond the image
 _UNLABELLED = 0.2  # domes an image that are no foreground
 _TILT = 0.35  # standard deviation of how far the lamp is beside the camera

@@ -44,7 +44,7 @@ _CELL = 4  # voxels an axis over which the frame is averaged
 _WIDTHS = (1.0, 2.0, 4.0, 8.0)  # voxels, between the bands of texture
 _SOFT_CELLS, _LEAST_FRAME = 0.7, 0.15  # against noise: widths of a blur, least share of patients that is drawn
 _REACH = 4.0  # standard deviations of the rest that its distribution covers
-_LOG_REST, _LOG_COLOUR = -2.0, -3.0  # public centres of the logarithm of the rest's standard deviation
+_LOG_REST, _LOG_COLOUR = -2.0, -3.0  # public centres of the logarithm of the rest's strength
 _LOG_WEIGHT, _BAND_WEIGHT = 0.5, 0.25  # of that logarithm; of the bands of colours
 _EVEN = 1 / np.sqrt(len(_WIDTHS) + 1)  # public centre of the strength of each band of texture
 _LONGEST = 1.1  # a patient's coefficients are shortened to this norm before they are squared
@@ -132,13 +132,14 @@ class FactorSpace:
         if not (label > 0).any() or shown.mean() < _LEAST_SHARE:
             return np.zeros(self.size)
         smooth, rest = self._fit(image, label, shown)
+        # Bands overlap: their norm, which drafts are given back, is not the standard deviation.
+        bands = _band_strengths(rest.reshape(image.shape), shown)
+        strengths = np.linalg.norm(bands, axis=1) + 1e-3
         deviations = np.sqrt(np.square(rest[:, shown]).mean(1)) + 1e-3
-        bands = _strengths(rest.reshape(image.shape), shown)
-        sums = np.linalg.norm(bands, axis=1) + 1e-3
-        scales = bands / sums[:, None]
-        strengths = _LOG_WEIGHT * np.clip(np.log(sums) - self._log_rest, -1, 1)
+        scales = bands / strengths[:, None]
+        logarithms = _LOG_WEIGHT * np.clip(np.log(strengths) - self._log_rest, -1, 1)
         texture = self._band_weights[:, None] * (scales - _EVEN)
-        coefficients = np.concatenate([smooth, strengths, texture.reshape(-1)])
+        coefficients = np.concatenate([smooth, logarithms, texture.reshape(-1)])
         coefficients *= min(1.0, _LONGEST / np.linalg.norm(coefficients))
         moments = self._moments(rest / (_REACH * deviations[:, None]), label, shown)
         rows, columns, weight = _triangle(self.coefficients)
@@ -196,10 +197,10 @@ class FactorSpace:
         drawn = statistics.mean + statistics.factors @ rng.standard_normal(statistics.factors.shape[1])
         drawn = drawn + statistics.rest * rng.standard_normal(len(drawn))
         cuts = self.coefficients - np.array([len(_WIDTHS) + 2, len(_WIDTHS) + 1]) * self.grid.channels
-        smooth, strengths, bands = np.split(drawn, cuts)
+        smooth, logarithms, bands = np.split(drawn, cuts)
         scales = bands.reshape(self.grid.channels, -1) / self._band_weights[:, None] + _EVEN
         planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), rng)
-        planes *= np.exp(np.clip(strengths / _LOG_WEIGHT, -1, 1) + self._log_rest)[:, None]
+        planes *= np.exp(np.clip(logarithms / _LOG_WEIGHT, -1, 1) + self._log_rest)[:, None]
         planes += self._smooth(smooth, label, (statistics.bright, statistics.slow))
         image = np.maximum(self._colours.T @ planes, _DARK).reshape(-1, *label.shape)
         zoom = [size / cells for size, cells in zip(label.shape, statistics.frame.shape, strict=True)]
@@ -303,10 +304,10 @@ class FactorSpace:
             rank = _ranks(field).astype(np.float32).reshape(-1, 1)
             planes.append(quantile(cumulative(values).astype(np.float32), rank))
         texture = np.stack(planes).astype(float)
-        return texture / (np.linalg.norm(_strengths(texture.reshape(fields.shape)), axis=1, keepdims=True) + 1e-9)
+        return texture / (np.linalg.norm(_band_strengths(texture.reshape(fields.shape)), axis=1, keepdims=True) + 1e-9)
 
 
-def _strengths(images: Array, shown: Any = slice(None)) -> Array:
+def _band_strengths(images: Array, shown: Any = slice(None)) -> Array:
     """Return the root mean square (channel, band) of each band of images (channel, \\*spatial) at some voxels."""
     bands = np.stack(_bands(images)).reshape(len(_WIDTHS) + 1, len(images), -1)
     return np.sqrt(np.square(bands[..., shown]).mean(2)).T

@@ -162,7 +162,7 @@ def public_inputs(config: Study) -> list[str]:
             "Fonov et al. 2011), the mean MRI of 152 volunteers, from the library nilearn"
         )
     if config.train.appearance.enabled and config.train.appearance.texture == "lit_surface":
-        inputs.append("what drafts show beside light and colours: procedural scenes, drawn by medsynth from no image")
+        inputs.append("what drafts show beside light and contrast: procedural scenes, drawn by medsynth from no image")
     if config.masks.source == "public_shapes":
         inputs.append("label maps from public shapes")
     return inputs

@@ -112,6 +112,8 @@ def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
         # A run that was killed after this line finds the same weights again, and the reservation complete.
         if not any(e["id"] == entry and e["outputs"] == outputs for e in job.ledger.entries()):
             job.ledger.complete(entry, outputs)
+    for path in job.folder.glob("*.partial"):  # what a kill left half written
+        path.unlink()
     for name in (_PRETRAINED, _UNFINISHED_PUBLIC, _UNFINISHED_OPEN, *private_training.SCRATCH, STATE):
         (job.folder / name).unlink(missing_ok=True)
     return tuple(state["entries"].values())
@@ -219,7 +221,8 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     from medsynth.privacy.accounting import Event
 
     settings = job.config.train
-    if "training" not in state["entries"]:
+    done = {entry["id"] for entry in job.ledger.entries() if entry["status"] == "complete"}
+    if state["entries"].get("training") in {None, *done}:
         state["entries"]["training"] = job.reserve([Event("nonprivate")])
         job.save(state)
     encoded = job.encoded_patients(built)

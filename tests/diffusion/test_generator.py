@@ -137,6 +137,10 @@ def test_a_killed_fit_goes_on_and_ends_with_the_weights_that_it_would_have_had(
     resumed = weights(-2, kept)
     assert seen[-2] == [7, 8, 9, 10, 11]
     assert all(torch.equal(one, other) for one, other in zip(whole, resumed, strict=True))
+    kept.write_bytes(kept.read_bytes()[:1000])
+    again = weights(-3, kept)
+    assert seen[-3] == list(range(12)), "what cannot be read is begun again"
+    assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
 
 
 def dressed(study: Study, built: Generator) -> tuple[Generator, Dresser]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medsynth.imaging.lit_surface import _bulge, lit_surface
+from medsynth.imaging.lit_surface import _bulge, _Scene, lit_surface, pigment
 
 
 def disc(size: int = 64, radius: float = 20.0) -> np.ndarray:
@@ -38,6 +38,29 @@ def test_foregrounds_are_bright_in_their_middle_and_dark_at_their_rim() -> None:
     ]
     assert np.mean(contrast) > 0.3
     assert np.std(contrast) > 0.1, "scenes differ"
+
+
+def test_half_of_the_domes_are_nearly_flat() -> None:
+    """A network must not find a foreground by its bulge alone: patients have flat ones, too."""
+    mask = disc() > 0
+    bulge = _bulge(mask, 16)
+    heights = [_Scene(mask, 1.0, np.random.default_rng(seed)).dome(bulge).max() for seed in range(200)]
+    assert 0.3 < np.mean(np.array(heights) < 0.25 * 20) < 0.7, "20 is the radius"
+    assert max(heights) > 0.7 * 20
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 40), (128, 128)])
+def test_pigment_follows_its_seed_and_has_unit_variance(shape: tuple[int, int]) -> None:
+    first, again, other = (pigment(shape, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert first.shape == shape and abs(first.mean()) < 1e-9 and abs(first.std() - 1) < 1e-9
+
+
+def test_pigment_has_outlines_where_noise_of_its_fineness_has_none() -> None:
+    """Steps are rare and large: changes between neighbours have heavier tails than a normal field's."""
+    steps = [np.diff(pigment((128, 128), np.random.default_rng(seed)), axis=0).ravel() for seed in range(20)]
+    tails = [np.mean(step**4) / np.mean(step**2) ** 2 for step in steps]
+    assert np.median(tails) > 6, "3 for normal numbers"
 
 
 def test_scenes_without_a_foreground_have_no_such_place() -> None:

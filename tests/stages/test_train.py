@@ -90,6 +90,7 @@ def test_a_killed_training_without_privacy_goes_on_where_it_was_and_keeps_its_lo
             patch.setattr(fitting, "row_loss", stopped_after(steps))
             with pytest.raises(Killed):
                 train.run(study, killed, killed["generator"], Tracker())
+    (store.partial(killed["generator"]) / "training.partial").write_bytes(b"half written")
     monkeypatch.setattr(fitting, "row_loss", stopped_after(90 - 30 - 40))
     train.run(study, killed, killed["generator"], Tracker())
     one, other = (load_file(inputs["generator"] / WEIGHTS) for inputs in (whole, killed))
