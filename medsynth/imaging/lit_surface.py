@@ -2,8 +2,8 @@
 
 A height over the image plane: a wall, folds around a lumen, a dome over each connected part of the foreground, and
 seldom one without a label, so that not every dome is what a network looks for. It is lit by Lambert's law, with
-highlights where it faces the lamp (Blinn 1977), shadows behind folds and beside domes, and vessels. All sizes are
-drawn from fixed ranges.
+highlights where it faces the lamp (Blinn 1977), shadows behind folds and beside domes, and vessels. Its colours are
+patches that know no foreground. All sizes are drawn from fixed ranges.
 """
 
 from __future__ import annotations

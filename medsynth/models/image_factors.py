@@ -220,6 +220,7 @@ class FactorSpace:
         bright = np.concatenate([ring, _RINGS + np.arange(_PROFILES), _RINGS + _PROFILES + tilts])
         most = int(bright.max()) + 1
         parts = [bright, *(row * most + bright[self._slow] for row in range(1, self.grid.channels))]
+        # Of the texture: brightness, and all opposing colours alike; first strengths, then bands.
         strengths = self.grid.channels * most + np.minimum(np.arange(self.grid.channels), 1)
         bands = np.repeat(strengths + 2, len(_WIDTHS) + 1)
         return np.asarray(np.unique(np.concatenate([*parts, strengths, bands]), return_inverse=True)[1])

@@ -221,6 +221,7 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     from medsynth.privacy.accounting import Event
 
     settings = job.config.train
+    # A completed reservation takes no other weights, and on some devices the last digits differ: it is made anew.
     done = {entry["id"] for entry in job.ledger.entries() if entry["status"] == "complete"}
     if state["entries"].get("training") in {None, *done}:
         state["entries"]["training"] = job.reserve([Event("nonprivate")])

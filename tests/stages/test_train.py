@@ -90,7 +90,7 @@ def test_a_killed_training_without_privacy_goes_on_where_it_was_and_keeps_its_lo
             patch.setattr(fitting, "row_loss", stopped_after(steps))
             with pytest.raises(Killed):
                 train.run(study, killed, killed["generator"], Tracker())
-    (store.partial(killed["generator"]) / "training.partial").write_bytes(b"half written")
+    (store.partial(killed["generator"]) / "pretraining.partial").write_bytes(b"half written")
     monkeypatch.setattr(fitting, "row_loss", stopped_after(90 - 30 - 40))
     train.run(study, killed, killed["generator"], Tracker())
     one, other = (load_file(inputs["generator"] / WEIGHTS) for inputs in (whole, killed))
@@ -102,6 +102,29 @@ def test_a_killed_training_without_privacy_goes_on_where_it_was_and_keeps_its_lo
         e["mechanisms"] for e in Ledger(whole["ledger"]).entries()
     ]
     assert {path.name for path in killed["generator"].iterdir()} == {path.name for path in whole["generator"].iterdir()}
+
+
+def test_a_training_without_privacy_killed_after_it_was_completed_ends_with_other_digits_too(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = {**tiny_settings, "name": "tiny-nonprivate", "privacy": {**tiny_settings["privacy"], "epsilon": "inf"}}
+    study = changed(without, trainable="all")
+    inputs = before_training(study, tmp_path)
+    unlink = Path.unlink
+
+    def stopped(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "pretrained.safetensors":
+            raise Killed
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    monkeypatch.setattr(fitting, "row_loss", lambda *arguments: 1.001 * row_loss(*arguments))
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    assert manifest.sensitivity == "internal"
+    assert all(entry["status"] == "complete" for entry in Ledger(inputs["ledger"]).entries())
 
 
 def stopped_after(steps: int) -> Callable[..., torch.Tensor]:
