@@ -45,7 +45,7 @@ def lit_surface(label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
     lamp /= np.linalg.norm(lamp)
     image = _standard(np.clip(_facing(height, lamp), 0, None) ** rng.uniform(0.8, 1.5))
     image -= 1.2 * shade * hidden + scene.crevice() + scene.vessels()
-    image += rng.uniform(0.03, 0.25) * scene.field(rng.uniform(0.5, 1.2))
+    image += rng.uniform(0, 0.03) * scene.field(rng.uniform(0.5, 1.2))
     return _standard(image + scene.highlights(height, lamp))
 
 
@@ -85,7 +85,7 @@ class _Scene:
         """Return the height of the wall: coarse and finer waves."""
         draw = self.rng.uniform
         coarse, fine = self.field(draw(10, 25)), self.field(draw(3, 6))
-        return self.unit * (draw(1, 5) * coarse + draw(0.05, 0.3) * fine)
+        return self.unit * (draw(1, 5) * coarse + draw(0, 0.15) * fine)
 
     def folds(self) -> tuple[Array, Array]:
         """Return height and shade of crescents around a lumen: each hides the wall behind it, which is dark there."""
@@ -165,8 +165,8 @@ class _Scene:
         rippled = self.blurred(height, 1.0) + draw(0.3, 1) * self.unit * self.field(draw(2.5, 4))
         half = lamp + np.array([0, 0, 1.0])
         facing = _facing(rippled, half / np.linalg.norm(half))
-        bright = facing > np.quantile(facing, 1 - draw(0.001, 0.012))
-        return np.asarray(draw(1, 5) * self.blurred(bright.astype(float), 0.6))
+        bright = facing > np.quantile(facing, 1 - draw(0.003, 0.025))
+        return np.asarray(draw(2, 8) * self.blurred(bright.astype(float), 0.6))
 
 
 def _bulge(mask: Mask, margin: int) -> Array:

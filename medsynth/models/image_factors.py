@@ -43,6 +43,7 @@ _RIM = 3  # voxels beside the frame, half dark, that tell nothing
 _CELL = 4  # voxels an axis over which the frame is averaged
 _WIDTHS = (1.0, 2.0, 4.0, 8.0)  # voxels, between the bands of texture
 _SOFT_CELLS, _LEAST_FRAME = 0.7, 0.15  # against noise: widths of a blur, least share of patients that is drawn
+_ALWAYS = 0.95  # share from which on a place is dark even if the foreground reaches it
 _REACH = 4.0  # standard deviations of the rest that its distribution covers
 _LOG_REST, _LOG_COLOUR = -2.0, -3.0  # public centres of the logarithm of the rest's strength
 _LOG_WEIGHT, _BAND_WEIGHT = 0.5, 0.25  # of that logarithm; of the bands of colours
@@ -55,6 +56,10 @@ _LEAST_SHARE = 0.02  # of the voxels must be outside the frame
 _CELLS, _LEAST_DENSITY, _SHARPENING = 32, 0.02, 1.5
 _GRAIN = 0.02
 _SHARED = (-0.2, 0.3)  # mean and spread of the correlation of colours with the light that falls on them
+
+
+Bases = list[tuple[int, Array]]
+"""Of each opposing colour: its row and its whitened features (feature, voxel)."""
 
 
 @dataclass(frozen=True)
@@ -199,14 +204,15 @@ class FactorSpace:
         cuts = self.coefficients - np.array([len(_WIDTHS) + 2, len(_WIDTHS) + 1]) * self.grid.channels
         smooth, logarithms, bands = np.split(drawn, cuts)
         scales = bands.reshape(self.grid.channels, -1) / self._band_weights[:, None] + _EVEN
-        planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), rng)
+        frame = self._frame(label, statistics.frame, rng)
+        shown = ~ndimage.binary_dilation(frame, iterations=_RIM).reshape(-1)
+        seen = shown if shown.mean() >= _LEAST_SHARE else np.ones_like(shown)
+        bases = self._bases(label, (statistics.bright, statistics.slow))
+        planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), bases, seen, rng)
         planes *= np.exp(np.clip(logarithms / _LOG_WEIGHT, -1, 1) + self._log_rest)[:, None]
-        planes += self._smooth(smooth, label, (statistics.bright, statistics.slow))
+        planes += _smooth(smooth, bases)
         image = np.maximum(self._colours.T @ planes, _DARK).reshape(-1, *label.shape)
-        zoom = [size / cells for size, cells in zip(label.shape, statistics.frame.shape, strict=True)]
-        softened = ndimage.gaussian_filter(statistics.frame, _SOFT_CELLS, mode="nearest")
-        share = ndimage.zoom(softened, zoom, order=1, mode="nearest", grid_mode=True)
-        image = np.where(share > max(rng.random(), _LEAST_FRAME), -1.0, image)
+        image = np.where(frame, -1.0, image)
         return np.clip(image + _GRAIN * rng.standard_normal(label.shape), -1, 1).astype(np.float32)
 
     @property
@@ -247,7 +253,7 @@ class FactorSpace:
         slow = smooth[np.ix_(self._slow, self._slow)]
         return _whitening(smooth, _RIDGE), _whitening(slow, _RIDGE), _whitening(rest, _REST_RIDGE)
 
-    def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> list[tuple[int, Array]]:
+    def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> Bases:
         """Return for each opposing colour its row and whitened features."""
         features = self._parts(label)[0]
         bright, slow = whiten[0] @ features, whiten[1] @ features[self._slow]
@@ -258,19 +264,17 @@ class FactorSpace:
     ) -> tuple[Array, Array]:
         """Return the smooth part's coefficients and the rest (colour, voxel), 0 in the frame."""
         planes = self._colours @ image.reshape(self.grid.channels, -1)
-        chosen = np.flatnonzero(shown)[::_THIN]
-        found, left = [], np.empty_like(planes)
-        for row, basis in self._bases(label, self._whiten):
-            part = basis[:, chosen]
-            gram = part @ part.T / len(chosen) + _RIDGE * np.eye(len(part))
-            found.append(np.linalg.solve(gram, part @ planes[row, chosen] / len(chosen)))
-            left[row] = (planes[row] - found[-1] @ basis) * shown
-        return np.concatenate(found), left
+        bases = self._bases(label, self._whiten[:2])
+        found = np.concatenate(_regressed(planes, bases, np.flatnonzero(shown)[::_THIN]))
+        return found, (planes - _smooth(found, bases)) * shown
 
-    def _smooth(self, coefficients: Array, label: NDArray[np.uint8], whiten: tuple[Array, Array]) -> Array:
-        bases = self._bases(label, whiten)
-        cuts = np.cumsum([len(basis) for _, basis in bases])[:-1]
-        return np.stack([part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)])
+    def _frame(self, label: NDArray[np.uint8], shares: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Return which voxels a frame leaves dark: where it often is, but nothing of the foreground."""
+        zoom = [size / cells for size, cells in zip(label.shape, shares.shape, strict=True)]
+        softened = ndimage.gaussian_filter(shares, _SOFT_CELLS, mode="nearest")
+        share = ndimage.zoom(softened, zoom, order=1, mode="nearest", grid_mode=True)
+        beside = min(share[label > 0].max(initial=0), _ALWAYS)
+        return np.asarray(share > max(rng.random(), _LEAST_FRAME, beside))
 
     def _moments(self, rest: Array, label: NDArray[np.uint8], shown: NDArray[np.bool_]) -> Array:
         """Return mean products (colour, level, feature) of features and cosines of the rest, in [-1, 1]."""
@@ -290,13 +294,25 @@ class FactorSpace:
             scenes.append(shared * light + np.sqrt(1 - shared**2) * pigment(label.shape, rng))
         return np.stack(scenes)
 
-    def _texture(self, label: NDArray[np.uint8], density: Array, scales: Array, rng: np.random.Generator) -> Array:
+    def _texture(
+        self,
+        label: NDArray[np.uint8],
+        density: Array,
+        scales: Array,
+        bases: Bases,
+        shown: NDArray[np.bool_],
+        rng: np.random.Generator,
+    ) -> Array:
         """Return the rest (colour, voxel) in [-1, 1]: a field for each colour, as quantiles of its distribution.
 
-        A field is as strong in each band of fineness as the patient drawn; what it shows is noise or a public scene.
+        A field is as strong in each band of fineness as the patient drawn, where it is shown; what it shows is noise or
+        a public scene. What the smooth part could say of it is taken out, as it is of patients' rest.
         """
-        bands = [band / band.std((*range(1, band.ndim),), keepdims=True) for band in _bands(self._scenes(label, rng))]
-        fields = np.einsum("cb,bc...->c...", scales, np.stack(bands))
+        chosen = np.flatnonzero(shown)
+        scenes = self._scenes(label, rng)
+        scenes = _unexplained(scenes.reshape(len(scenes), -1), bases, chosen).reshape(scenes.shape)
+        scales = scales / (_band_strengths(scenes, shown) + 1e-9)
+        fields = np.einsum("cb,bc...->c...", scales, np.stack(_bands(scenes)))
         series = (density @ self._parts(label)[1]).reshape(self.grid.channels, self.levels, -1)
         edges = waves(np.linspace(-1, 1, _CELLS + 1), self.levels)
         planes = []
@@ -304,8 +320,30 @@ class FactorSpace:
             values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
             rank = _ranks(field).astype(np.float32).reshape(-1, 1)
             planes.append(quantile(cumulative(values).astype(np.float32), rank))
-        texture = np.stack(planes).astype(float)
-        return texture / (np.linalg.norm(_band_strengths(texture.reshape(fields.shape)), axis=1, keepdims=True) + 1e-9)
+        texture = _unexplained(np.stack(planes).astype(float), bases, chosen)
+        strengths = _band_strengths(texture.reshape(fields.shape), shown)
+        return np.asarray(texture / (np.linalg.norm(strengths, axis=1, keepdims=True) + 1e-9))
+
+
+def _regressed(planes: Array, bases: Bases, chosen: NDArray[np.intp]) -> list[Array]:
+    """Return each plane's coefficients by ridge regression on its features, over the voxels ``chosen``."""
+    found = []
+    for row, basis in bases:
+        part = basis[:, chosen]
+        gram = part @ part.T / len(chosen) + _RIDGE * np.eye(len(part))
+        found.append(np.linalg.solve(gram, part @ planes[row, chosen] / len(chosen)))
+    return found
+
+
+def _smooth(coefficients: Array, bases: Bases) -> Array:
+    """Return the smooth part (colour, voxel)."""
+    cuts = np.cumsum([len(basis) for _, basis in bases])[:-1]
+    return np.stack([part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)])
+
+
+def _unexplained(planes: Array, bases: Bases, chosen: NDArray[np.intp]) -> Array:
+    """Return what the smooth part's features leave of planes (colour, voxel)."""
+    return np.asarray(planes - _smooth(np.concatenate(_regressed(planes, bases, chosen)), bases))
 
 
 def _band_strengths(images: Array, shown: Any = slice(None)) -> Array:

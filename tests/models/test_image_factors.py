@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -110,16 +111,18 @@ def test_under_noise_the_edge_keeps_its_contrast_and_no_rings_appear_around() ->
     assert np.std(steps, axis=0).max() < 0.03
 
 
-def test_a_lit_surface_shows_domes_where_noise_shows_none() -> None:
+def test_a_lit_surface_shows_the_rim_of_domes_where_noise_shows_none() -> None:
+    """Their light is what patients' profiles say; the dark line where they rise is the scene's."""
     settings = Appearance(coefficients=(4, 4), factors=8, texture="lit_surface")
     lit, found = open_drafting(grid(), settings), space().statistics(released(), 0.0)
-    label = (np.hypot(*(np.indices((48, 48)) - 24)) < 12).astype(np.uint8)
-    middle, rim = (np.hypot(*(np.indices((48, 48)) - 24)) < reach for reach in (6, 11))
+    radius = np.hypot(*(np.indices((48, 48)) - 24))
+    label = (radius < 12).astype(np.uint8)
+    inner, rim, outer = ((radius >= near) & (radius < near + 3) for near in (7, 11, 15))
     seen = []
     for layout in (space(), lit):
         images = [layout.render(label, found, np.random.default_rng(seed)) for seed in range(40)]
-        seen.append(np.mean([image[:, middle].mean() - image[:, rim & ~middle].mean() for image in images]))
-    assert seen[1] > seen[0] + 0.01
+        seen.append(np.mean([x[:, rim].mean() - x[:, inner].mean() / 2 - x[:, outer].mean() / 2 for x in images]))
+    assert seen[1] < seen[0] - 0.03
     assert np.isfinite(seen).all()
 
 
@@ -166,6 +169,35 @@ def test_a_dark_frame_of_some_patients_is_in_as_many_drafts() -> None:
     found, rng = space().statistics(np.mean(vectors, axis=0), 0.0), np.random.default_rng(0)
     corners = np.stack([space().render(label, found, rng)[:, 2:12, 2:12].max((0, 1, 2)) for label in labels])
     assert 0.25 < np.mean(corners < -0.8) < 0.75, "half of the patients"
+
+
+def test_a_frame_leaves_the_foreground_out() -> None:
+    """A lesion in the dark, which no patient has, would be labelled and not seen."""
+    found, rng = space().statistics(released(), 0.0), np.random.default_rng(0)
+    often = np.zeros_like(found.frame)
+    often[:, : often.shape[1] // 2] = 0.8
+    label = (np.hypot(*(np.indices((48, 48)) - [[[24]], [[14]]])) < 6).astype(np.uint8)
+    images = [space().render(label, replace(found, frame=often), rng) for _ in range(20)]
+    dark = np.array([image.max(0) < -0.9 for image in images])
+    assert not dark[:, label > 0].any()
+    label = np.roll(label, 20, 1)
+    dark = np.array([space().render(label, replace(found, frame=often), rng).max(0) < -0.9 for _ in range(20)])
+    assert 0.4 < dark[:, 24, 10].mean() <= 1, "beside it there is one"
+
+
+@pytest.mark.parametrize("texture", ["noise", "lit_surface"])
+def test_texture_says_nothing_that_the_smooth_part_says(texture: Literal["noise", "lit_surface"]) -> None:
+    """Else its coarse part would count as strength, and drafts would have less of the rest than patients."""
+    layout = open_drafting(grid(), Appearance(coefficients=(4, 4), factors=8, texture=texture))
+    assert isinstance(layout, FactorSpace)
+    found = layout.statistics(released(), 0.0)
+    none = np.zeros_like(found.mean)
+    flat = replace(found, mean=none, factors=none[:, None], rest=none, frame=np.zeros_like(found.frame))
+    said = []
+    for seed, label in enumerate(sample_label_maps(grid(), 8, 9)):
+        again = layout.vector(layout.render(label, flat, np.random.default_rng(seed)), label)
+        said.append(np.linalg.norm(layout.statistics(again, 0.0).mean[: -6 * 3]))
+    assert np.mean(said) < 0.1
 
 
 def test_noise_alone_gives_no_factor_and_a_signal_above_it_does() -> None:
