@@ -58,8 +58,8 @@ _GRAIN = 0.02
 _SHARED = (-0.2, 0.3)  # mean and spread of the correlation of colours with the light that falls on them
 
 
-Bases = list[tuple[int, Array]]
-"""Of each opposing colour: its row and its whitened features (feature, voxel)."""
+_Bases = list[tuple[int, Array]]
+"""Of brightness and each opposing colour: its row and its whitened features (feature, voxel)."""
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,10 @@ class FactorSpace:
         scales = bands.reshape(self.grid.channels, -1) / self._band_weights[:, None] + _EVEN
         frame = self._frame(label, statistics.frame, rng)
         shown = ~ndimage.binary_dilation(frame, iterations=_RIM).reshape(-1)
-        seen = shown if shown.mean() >= _LEAST_SHARE else np.ones_like(shown)
+        if shown.mean() < _LEAST_SHARE:
+            shown[:] = True
         bases = self._bases(label, (statistics.bright, statistics.slow))
-        planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), bases, seen, rng)
+        planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), bases, shown, rng)
         planes *= np.exp(np.clip(logarithms / _LOG_WEIGHT, -1, 1) + self._log_rest)[:, None]
         planes += _smooth(smooth, bases)
         image = np.maximum(self._colours.T @ planes, _DARK).reshape(-1, *label.shape)
@@ -253,8 +254,8 @@ class FactorSpace:
         slow = smooth[np.ix_(self._slow, self._slow)]
         return _whitening(smooth, _RIDGE), _whitening(slow, _RIDGE), _whitening(rest, _REST_RIDGE)
 
-    def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> Bases:
-        """Return for each opposing colour its row and whitened features."""
+    def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> _Bases:
+        """Return the row and the whitened features of brightness and of each opposing colour."""
         features = self._parts(label)[0]
         bright, slow = whiten[0] @ features, whiten[1] @ features[self._slow]
         return [(row, slow if row else bright) for row in range(self.grid.channels)]
@@ -269,7 +270,7 @@ class FactorSpace:
         return found, (planes - _smooth(found, bases)) * shown
 
     def _frame(self, label: NDArray[np.uint8], shares: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """Return which voxels a frame leaves dark: where it often is, but nothing of the foreground."""
+        """Return which voxels a frame leaves dark: where it often is; of the foreground what is dark in nearly all."""
         zoom = [size / cells for size, cells in zip(label.shape, shares.shape, strict=True)]
         softened = ndimage.gaussian_filter(shares, _SOFT_CELLS, mode="nearest")
         share = ndimage.zoom(softened, zoom, order=1, mode="nearest", grid_mode=True)
@@ -299,14 +300,14 @@ class FactorSpace:
         label: NDArray[np.uint8],
         density: Array,
         scales: Array,
-        bases: Bases,
+        bases: _Bases,
         shown: NDArray[np.bool_],
         rng: np.random.Generator,
     ) -> Array:
         """Return the rest (colour, voxel) in [-1, 1]: a field for each colour, as quantiles of its distribution.
 
-        A field is as strong in each band of fineness as the patient drawn, where it is shown; what it shows is noise or
-        a public scene. What the smooth part could say of it is taken out, as it is of patients' rest.
+        A field is as strong where it is shown as the patient drawn, and about as fine; what it shows is noise or a
+        public scene. What the smooth part could say of it is taken out, as it is of patients' rest.
         """
         chosen = np.flatnonzero(shown)
         scenes = self._scenes(label, rng)
@@ -325,7 +326,7 @@ class FactorSpace:
         return np.asarray(texture / (np.linalg.norm(strengths, axis=1, keepdims=True) + 1e-9))
 
 
-def _regressed(planes: Array, bases: Bases, chosen: NDArray[np.intp]) -> list[Array]:
+def _regressed(planes: Array, bases: _Bases, chosen: NDArray[np.intp]) -> list[Array]:
     """Return each plane's coefficients by ridge regression on its features, over the voxels ``chosen``."""
     found = []
     for row, basis in bases:
@@ -335,13 +336,13 @@ def _regressed(planes: Array, bases: Bases, chosen: NDArray[np.intp]) -> list[Ar
     return found
 
 
-def _smooth(coefficients: Array, bases: Bases) -> Array:
+def _smooth(coefficients: Array, bases: _Bases) -> Array:
     """Return the smooth part (colour, voxel)."""
     cuts = np.cumsum([len(basis) for _, basis in bases])[:-1]
     return np.stack([part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)])
 
 
-def _unexplained(planes: Array, bases: Bases, chosen: NDArray[np.intp]) -> Array:
+def _unexplained(planes: Array, bases: _Bases, chosen: NDArray[np.intp]) -> Array:
     """Return what the smooth part's features leave of planes (colour, voxel)."""
     return np.asarray(planes - _smooth(np.concatenate(_regressed(planes, bases, chosen)), bases))
 

@@ -109,7 +109,7 @@ def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
     entry = state["entries"].get("training")
     if entry is not None:
         outputs = {WEIGHTS: store.digest_file(job.folder / WEIGHTS)}
-        # A run that was killed after this line finds the same weights again, and the reservation complete.
+        # A private run that was killed after this line finds the same weights again, and the reservation complete.
         if not any(e["id"] == entry and e["outputs"] == outputs for e in job.ledger.entries()):
             job.ledger.complete(entry, outputs)
     for path in job.folder.glob("*.partial"):  # what a kill left half written

@@ -172,32 +172,40 @@ def test_a_dark_frame_of_some_patients_is_in_as_many_drafts() -> None:
 
 
 def test_a_frame_leaves_the_foreground_out() -> None:
-    """A lesion in the dark, which no patient has, would be labelled and not seen."""
+    """A lesion in the dark, which no patient has, would be labelled and not seen. Where all are dark it may be."""
     found, rng = space().statistics(released(), 0.0), np.random.default_rng(0)
-    often = np.zeros_like(found.frame)
-    often[:, : often.shape[1] // 2] = 0.8
-    label = (np.hypot(*(np.indices((48, 48)) - [[[24]], [[14]]])) < 6).astype(np.uint8)
-    images = [space().render(label, replace(found, frame=often), rng) for _ in range(20)]
-    dark = np.array([image.max(0) < -0.9 for image in images])
-    assert not dark[:, label > 0].any()
-    label = np.roll(label, 20, 1)
-    dark = np.array([space().render(label, replace(found, frame=often), rng).max(0) < -0.9 for _ in range(20)])
-    assert 0.4 < dark[:, 24, 10].mean() <= 1, "beside it there is one"
+    shares = np.zeros_like(found.frame)
+    shares[:, :4], shares[:, 4:8] = 0.99, 0.8
+    inside, reaching, beside = (
+        (np.hypot(*(np.indices((48, 48)) - [[[24]], [[column]]])) < 6).astype(np.uint8) for column in (24, 17, 38)
+    )
+    for label, dark_there in ((inside, False), (reaching, True), (beside, False)):
+        images = [space().render(label, replace(found, frame=shares), rng) for _ in range(20)]
+        dark = np.array([image.max(0) < -0.9 for image in images])
+        assert dark[:, 24, 4].mean() > 0.9, "where nearly all are"
+        assert dark[:, label > 0].any() == dark_there
+        often = dark[:, 8, 24].mean()
+        assert often == 0 if label is not beside else 0.5 < often < 1, "of patients 0.8, where no foreground reaches it"
 
 
 @pytest.mark.parametrize("texture", ["noise", "lit_surface"])
-def test_texture_says_nothing_that_the_smooth_part_says(texture: Literal["noise", "lit_surface"]) -> None:
+@pytest.mark.parametrize("framed", [False, True])
+def test_texture_says_nothing_that_the_smooth_part_says(texture: Literal["noise", "lit_surface"], framed: bool) -> None:
     """Else its coarse part would count as strength, and drafts would have less of the rest than patients."""
     layout = open_drafting(grid(), Appearance(coefficients=(4, 4), factors=8, texture=texture))
     assert isinstance(layout, FactorSpace)
-    found = layout.statistics(released(), 0.0)
-    none = np.zeros_like(found.mean)
-    flat = replace(found, mean=none, factors=none[:, None], rest=none, frame=np.zeros_like(found.frame))
-    said = []
-    for seed, label in enumerate(sample_label_maps(grid(), 8, 9)):
-        again = layout.vector(layout.render(label, flat, np.random.default_rng(seed)), label)
-        said.append(np.linalg.norm(layout.statistics(again, 0.0).mean[: -6 * 3]))
-    assert np.mean(said) < 0.1
+    found, none = layout.statistics(released(), 0.0), np.zeros(layout.coefficients)
+    frame = np.zeros_like(found.frame)
+    frame[:, :3] = 0.99 * framed
+    flat = replace(found, mean=none, factors=none[:, None], rest=none, frame=frame)
+    again = []
+    for seed, label in enumerate(sample_label_maps(grid(), 16, 9)):
+        image = layout.render(label, flat, np.random.default_rng(seed))
+        again.append(layout.statistics(layout.vector(image, label), 0.0).mean)
+    rows = 6 * 3  # of each colour one strength and five bands
+    assert np.mean([np.linalg.norm(mean[:-rows]) for mean in again]) < (0.1 if texture == "noise" else 0.2)
+    brightness = np.mean([mean[-rows] for mean in again]) / 0.5
+    assert abs(brightness) < 0.1, "logarithm of how much stronger than drawn"
 
 
 def test_noise_alone_gives_no_factor_and_a_signal_above_it_does() -> None:

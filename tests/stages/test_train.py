@@ -124,7 +124,9 @@ def test_a_training_without_privacy_killed_after_it_was_completed_ends_with_othe
     monkeypatch.setattr(fitting, "row_loss", lambda *arguments: 1.001 * row_loss(*arguments))
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert manifest.sensitivity == "internal"
-    assert all(entry["status"] == "complete" for entry in Ledger(inputs["ledger"]).entries())
+    entries = Ledger(inputs["ledger"]).entries()
+    assert all(entry["status"] == "complete" for entry in entries)
+    assert [entry["mechanisms"] for entry in entries].count(entries[-1]["mechanisms"]) == 2, "the training's, twice"
 
 
 def stopped_after(steps: int) -> Callable[..., torch.Tensor]:
