@@ -58,10 +58,6 @@ _GRAIN = 0.02
 _SHARED = (-0.2, 0.3)  # mean and spread of the correlation of colours with the light that falls on them
 
 
-_Bases = list[tuple[int, Array]]
-"""Of brightness and each opposing colour: its row and its whitened features (feature, voxel)."""
-
-
 @dataclass(frozen=True)
 class FactorStatistics:
     """What was released, ready to dress label maps.
@@ -133,12 +129,15 @@ class FactorSpace:
             label: (\\*spatial) integers.
         """
         frame = ndimage.median_filter((image.max(0) < _DARK).astype(np.uint8), 3) > 0
-        shown = ~ndimage.binary_dilation(frame, iterations=_RIM).reshape(-1)
+        shown = _outside(frame)
         if not (label > 0).any() or shown.mean() < _LEAST_SHARE:
             return np.zeros(self.size)
-        smooth, rest = self._fit(image, label, shown)
+        features, rest_features = self._parts(label)
+        planes = self._colours @ image.reshape(self.grid.channels, -1)
+        smooth, rest = _separated(planes, self._bases(features, self._whiten), np.flatnonzero(shown)[::_THIN])
+        rest *= shown
         # Bands overlap: their norm, which drafts are given back, is not the standard deviation.
-        bands = _band_strengths(rest.reshape(image.shape), shown)
+        bands = _band_strengths(_bands(rest.reshape(image.shape)), shown)
         strengths = np.linalg.norm(bands, axis=1) + 1e-3
         deviations = np.sqrt(np.square(rest[:, shown]).mean(1)) + 1e-3
         scales = bands / strengths[:, None]
@@ -146,7 +145,7 @@ class FactorSpace:
         texture = self._band_weights[:, None] * (scales - _EVEN)
         coefficients = np.concatenate([smooth, logarithms, texture.reshape(-1)])
         coefficients *= min(1.0, _LONGEST / np.linalg.norm(coefficients))
-        moments = self._moments(rest / (_REACH * deviations[:, None]), label, shown)
+        moments = self._moments(rest / (_REACH * deviations[:, None]), rest_features, shown)
         rows, columns, weight = _triangle(self.coefficients)
         return np.concatenate(
             [
@@ -205,11 +204,13 @@ class FactorSpace:
         smooth, logarithms, bands = np.split(drawn, cuts)
         scales = bands.reshape(self.grid.channels, -1) / self._band_weights[:, None] + _EVEN
         frame = self._frame(label, statistics.frame, rng)
-        shown = ~ndimage.binary_dilation(frame, iterations=_RIM).reshape(-1)
+        shown = _outside(frame)
         if shown.mean() < _LEAST_SHARE:
             shown[:] = True
-        bases = self._bases(label, (statistics.bright, statistics.slow))
-        planes = self._texture(label, statistics.density, np.maximum(scales, 0.02), bases, shown, rng)
+        features, rest_features = self._parts(label)
+        bases = self._bases(features, (statistics.bright, statistics.slow))
+        series = (statistics.density @ rest_features).reshape(self.grid.channels, self.levels, -1)
+        planes = self._texture(self._scenes(label, rng), series, np.maximum(scales, 0.02), bases, shown)
         planes *= np.exp(np.clip(logarithms / _LOG_WEIGHT, -1, 1) + self._log_rest)[:, None]
         planes += _smooth(smooth, bases)
         image = np.maximum(self._colours.T @ planes, _DARK).reshape(-1, *label.shape)
@@ -254,20 +255,10 @@ class FactorSpace:
         slow = smooth[np.ix_(self._slow, self._slow)]
         return _whitening(smooth, _RIDGE), _whitening(slow, _RIDGE), _whitening(rest, _REST_RIDGE)
 
-    def _bases(self, label: NDArray[np.uint8], whiten: tuple[Array, ...]) -> _Bases:
-        """Return the row and the whitened features of brightness and of each opposing colour."""
-        features = self._parts(label)[0]
+    def _bases(self, features: Singles, whiten: tuple[Array, ...]) -> list[Array]:
+        """Return the whitened features (feature, voxel) of brightness and of each opposing colour."""
         bright, slow = whiten[0] @ features, whiten[1] @ features[self._slow]
-        return [(row, slow if row else bright) for row in range(self.grid.channels)]
-
-    def _fit(
-        self, image: NDArray[np.float32], label: NDArray[np.uint8], shown: NDArray[np.bool_]
-    ) -> tuple[Array, Array]:
-        """Return the smooth part's coefficients and the rest (colour, voxel), 0 in the frame."""
-        planes = self._colours @ image.reshape(self.grid.channels, -1)
-        bases = self._bases(label, self._whiten[:2])
-        found = np.concatenate(_regressed(planes, bases, np.flatnonzero(shown)[::_THIN]))
-        return found, (planes - _smooth(found, bases)) * shown
+        return [bright, *[slow] * (self.grid.channels - 1)]
 
     def _frame(self, label: NDArray[np.uint8], shares: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Return which voxels a frame leaves dark: where it often is; of the foreground what is dark in nearly all."""
@@ -277,11 +268,11 @@ class FactorSpace:
         beside = min(share[label > 0].max(initial=0), _ALWAYS)
         return np.asarray(share > max(rng.random(), _LEAST_FRAME, beside))
 
-    def _moments(self, rest: Array, label: NDArray[np.uint8], shown: NDArray[np.bool_]) -> Array:
+    def _moments(self, rest: Array, features: Singles, shown: NDArray[np.bool_]) -> Array:
         """Return mean products (colour, level, feature) of features and cosines of the rest, in [-1, 1]."""
-        features = (self._whiten[2] @ self._parts(label)[1])[:, shown]
+        whitened = (self._whiten[2] @ features)[:, shown]
         values = np.clip(rest[:, shown], -1, 1)
-        return np.stack([waves(line, self.levels) @ features.T for line in values]) / shown.sum()
+        return np.stack([waves(line, self.levels) @ whitened.T for line in values]) / shown.sum()
 
     def _scenes(self, label: NDArray[np.uint8], rng: np.random.Generator) -> Array:
         """Return what the rest shows in each colour (colour, \\*spatial), about normal in its values."""
@@ -296,61 +287,63 @@ class FactorSpace:
         return np.stack(scenes)
 
     def _texture(
-        self,
-        label: NDArray[np.uint8],
-        density: Array,
-        scales: Array,
-        bases: _Bases,
-        shown: NDArray[np.bool_],
-        rng: np.random.Generator,
+        self, scenes: Array, series: Array, scales: Array, bases: list[Array], shown: NDArray[np.bool_]
     ) -> Array:
         """Return the rest (colour, voxel) in [-1, 1]: a field for each colour, as quantiles of its distribution.
 
         A field is as strong where it is shown as the patient drawn, and about as fine; what it shows is noise or a
         public scene. What the smooth part could say of it is taken out, as it is of patients' rest.
+
+        Args:
+            scenes: (colour, \\*spatial).
+            series: (colour, level, voxel) distribution of the rest at each place.
+            scales: (colour, band) strengths.
+            bases: features of the smooth part.
+            shown: (voxel,) what no frame hides.
         """
         chosen = np.flatnonzero(shown)
-        scenes = self._scenes(label, rng)
-        scenes = _unexplained(scenes.reshape(len(scenes), -1), bases, chosen).reshape(scenes.shape)
-        scales = scales / (_band_strengths(scenes, shown) + 1e-9)
-        fields = np.einsum("cb,bc...->c...", scales, np.stack(_bands(scenes)))
-        series = (density @ self._parts(label)[1]).reshape(self.grid.channels, self.levels, -1)
+        left = _separated(scenes.reshape(len(scenes), -1), bases, chosen)[1]
+        bands = _bands(left.reshape(scenes.shape))
+        fields = np.einsum("cb,bc...->c...", scales / (_band_strengths(bands, shown) + 1e-9), bands)
         edges = waves(np.linspace(-1, 1, _CELLS + 1), self.levels)
         planes = []
         for field, lines in zip(fields, series, strict=True):
             values = np.maximum(1 + lines.T @ edges, _LEAST_DENSITY) ** _SHARPENING
             rank = _ranks(field).astype(np.float32).reshape(-1, 1)
             planes.append(quantile(cumulative(values).astype(np.float32), rank))
-        texture = _unexplained(np.stack(planes).astype(float), bases, chosen)
-        strengths = _band_strengths(texture.reshape(fields.shape), shown)
+        texture = _separated(np.stack(planes).astype(float), bases, chosen)[1]
+        strengths = _band_strengths(_bands(texture.reshape(scenes.shape)), shown)
         return np.asarray(texture / (np.linalg.norm(strengths, axis=1, keepdims=True) + 1e-9))
 
 
-def _regressed(planes: Array, bases: _Bases, chosen: NDArray[np.intp]) -> list[Array]:
-    """Return each plane's coefficients by ridge regression on its features, over the voxels ``chosen``."""
+def _separated(planes: Array, bases: list[Array], chosen: NDArray[np.intp]) -> tuple[Array, Array]:
+    """Return the coefficients of the smooth part of planes (colour, voxel), and what it leaves of them.
+
+    By ridge regression of each plane on its features, over the voxels ``chosen``.
+    """
     found = []
-    for row, basis in bases:
+    for plane, basis in zip(planes, bases, strict=True):
         part = basis[:, chosen]
         gram = part @ part.T / len(chosen) + _RIDGE * np.eye(len(part))
-        found.append(np.linalg.solve(gram, part @ planes[row, chosen] / len(chosen)))
-    return found
+        found.append(np.linalg.solve(gram, part @ plane[chosen] / len(chosen)))
+    coefficients = np.concatenate(found)
+    return coefficients, planes - _smooth(coefficients, bases)
 
 
-def _smooth(coefficients: Array, bases: _Bases) -> Array:
+def _smooth(coefficients: Array, bases: list[Array]) -> Array:
     """Return the smooth part (colour, voxel)."""
-    cuts = np.cumsum([len(basis) for _, basis in bases])[:-1]
-    return np.stack([part @ basis for part, (_, basis) in zip(np.split(coefficients, cuts), bases, strict=True)])
+    cuts = np.cumsum([len(basis) for basis in bases])[:-1]
+    return np.stack([part @ basis for part, basis in zip(np.split(coefficients, cuts), bases, strict=True)])
 
 
-def _unexplained(planes: Array, bases: _Bases, chosen: NDArray[np.intp]) -> Array:
-    """Return what the smooth part's features leave of planes (colour, voxel)."""
-    return np.asarray(planes - _smooth(np.concatenate(_regressed(planes, bases, chosen)), bases))
+def _outside(frame: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the voxels that a frame and its half dark rim leave, flat."""
+    return ~ndimage.binary_dilation(frame, iterations=_RIM).reshape(-1)
 
 
-def _band_strengths(images: Array, shown: Any = slice(None)) -> Array:
-    """Return the root mean square (channel, band) of each band of images (channel, \\*spatial) at some voxels."""
-    bands = np.stack(_bands(images)).reshape(len(_WIDTHS) + 1, len(images), -1)
-    return np.sqrt(np.square(bands[..., shown]).mean(2)).T
+def _band_strengths(bands: Array, shown: NDArray[np.bool_]) -> Array:
+    """Return the root mean square (channel, band) of bands (band, channel, \\*spatial) at some voxels."""
+    return np.asarray(np.sqrt(np.square(bands.reshape(*bands.shape[:2], -1)[..., shown]).mean(2)).T)
 
 
 def _ranks(field: Array) -> Array:
@@ -394,12 +387,12 @@ def _triangle(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Array]:
     return rows, columns, np.where(rows == columns, 1.0, np.sqrt(2.0))
 
 
-def _bands(images: Array) -> list[Array]:
-    """Return what ``images`` (channel, \\*spatial) show in each band of fineness; they add up to the images."""
+def _bands(images: Array) -> Array:
+    """Return what ``images`` (channel, \\*spatial) show in each band of fineness, first axis; they add up to them."""
     layers = [images]
     for width in _WIDTHS:
         layers.append(ndimage.gaussian_filter(images, [0, *[width] * (images.ndim - 1)], mode="nearest"))
-    return [*(fine - coarse for fine, coarse in pairwise(layers)), layers[-1]]
+    return np.stack([*(fine - coarse for fine, coarse in pairwise(layers)), layers[-1]])
 
 
 def _averaged(frame: NDArray[np.bool_], cells: tuple[int, ...]) -> Array:

@@ -110,17 +110,7 @@ def test_a_training_without_privacy_killed_after_it_was_completed_ends_with_othe
     without = {**tiny_settings, "name": "tiny-nonprivate", "privacy": {**tiny_settings["privacy"], "epsilon": "inf"}}
     study = changed(without, trainable="all")
     inputs = before_training(study, tmp_path)
-    unlink = Path.unlink
-
-    def stopped(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "pretrained.safetensors":
-            raise Killed
-        unlink(path, missing_ok)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stopped)
-        with pytest.raises(Killed):
-            train.run(study, inputs, inputs["generator"], Tracker())
+    kill_before_scratch_goes(study, inputs, monkeypatch)
     monkeypatch.setattr(fitting, "row_loss", lambda *arguments: 1.001 * row_loss(*arguments))
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert manifest.sensitivity == "internal"
@@ -143,6 +133,20 @@ def stopped_after(steps: int) -> Callable[..., torch.Tensor]:
 
 def reservations(inputs: dict[str, Path]) -> list[dict[str, Any]]:
     return [e for e in Ledger(inputs["ledger"]).entries() if e["mechanisms"] == ["dp_sgd:denoiser"]]
+
+
+def kill_before_scratch_goes(study: Study, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def stopped(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "pretrained.safetensors":  # the first scratch file that goes, after the ledger's last line
+            raise Killed
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
 
 
 def kill(study: Study, inputs: dict[str, Path], after: int, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -350,17 +354,7 @@ def test_a_run_killed_after_its_last_step_ends_with_the_same_weights(
     study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = before_training(study, tmp_path)
-    unlink = Path.unlink
-
-    def stopped(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "pretrained.safetensors":  # the first scratch file that goes, after the ledger's last line
-            raise Killed
-        unlink(path, missing_ok)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stopped)
-        with pytest.raises(Killed):
-            train.run(study, inputs, inputs["generator"], Tracker())
+    kill_before_scratch_goes(study, inputs, monkeypatch)
     before = load_file(store.partial(inputs["generator"]) / WEIGHTS)
     assert reservations(inputs)[0]["status"] == "complete"
     train.run(study, inputs, inputs["generator"], Tracker())
