@@ -239,6 +239,11 @@ class Appearance(Section):
         "with folds and coloured patches, a dome over each connected foreground and seldom one without a label, under "
         "a lamp at the camera, for endoscopy",
     )
+    mixed_patients: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="without privacy alone: what so many patients show beside these distributions is mixed in each "
+        "draft, with its covariance from voxel to voxel; 0: a public random field",
+    )
     template_centre_mm: tuple[Finite, Finite, Finite] | None = Field(
         None,
         description="for T1-weighted MRI of the brain: where the organ's centre lies in the public MNI152 template "

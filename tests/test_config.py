@@ -45,6 +45,7 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("grid.release_shape_range", [[4, 20], [4, 16]], "does not fit in a grid axis of 16"),
         ("masks.coefficients", [4, 4, 4], "masks.coefficients has 3 axes"),
         ("masks.covariance", "full", "use diagonal"),
+        ("train.appearance.mixed_patients", 5, "bounds no patient's share: use it with privacy.epsilon inf alone"),
         ("train.appearance.template_centre_mm", [0, 0, 0], "MR volumes of one channel with a spacing"),
         ("train.appearance.template_centre_mm", [0, 0, ".nan"], "train.appearance.template_centre_mm"),
         ("train.appearance.template_centre_mm", [0, 0], "train.appearance.template_centre_mm"),
@@ -96,6 +97,14 @@ def test_an_infinite_epsilon_needs_its_name_and_survives_a_round_trip(tiny_setti
     assert not study.privacy.private
     text = config.dump(study)
     assert "epsilon: .inf" in text and config.parse(yaml.safe_load(text)) == study
+
+
+def test_mixed_patients_are_not_for_factors(tiny_settings: dict[str, Any]) -> None:
+    raw = {**with_value(tiny_settings, "privacy.epsilon", math.inf), "name": "tiny-nonprivate"}
+    raw = with_value(raw, "train.appearance.mixed_patients", 5)
+    assert config.parse(raw).train.appearance.mixed_patients == 5
+    with pytest.raises(ConfigError, match=r"train\.appearance\.factors must be 0"):
+        config.parse(with_value(raw, "train.appearance.factors", 4))
 
 
 def test_delta_is_free_without_privacy(tiny_settings: dict[str, Any]) -> None:

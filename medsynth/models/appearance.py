@@ -4,28 +4,30 @@ The mean of that vector over patients is released by two noisy sums, the second 
 distribution of grey values at each voxel of a label map: coefficients of a cosine series in the grey value, each a
 least-squares fit on features of position and distance. An image is drawn by reading one smooth random field as
 quantiles of these distributions. Where patients show either of two tissues the image shows one or the other with an
-edge between them, not their average under noise. Label maps dressed with it are public from then on, and any number of
-them may train the denoiser.
+edge between them, not their average under noise. Without privacy the field may be mixed from patients' own
+(:mod:`medsynth.models.score_fields`). Label maps dressed with what mechanisms released are public from then on, and any
+number of them may train the denoiser.
 
 Sources: orthogonal series for densities, Chentsov (1962); a Gaussian field read as quantiles, Nelsen (2006), ch. 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 from medsynth.config import Appearance, Grid
 from medsynth.imaging.template import mni152
 from medsynth.models.label_features import LabelFeatures, LeastSquares, Singles, signed_distance
 from medsynth.models.pose import Array
+from medsynth.models.score_fields import ScoreFields, mean_foreground, measured_scores, mixed_scores
 from medsynth.models.shrinkage import joined, joint_sd
 from medsynth.models.template import Template
 
@@ -42,6 +44,7 @@ _FINE, _COARSE = (1.0, 0.6), (6.0, 0.8)  # correlation length (mm; voxels where 
 _COARSE_FADE = 4.0  # voxels outside the foreground over which the coarse field fades in: organs are alike inside
 _GRAIN = 0.06  # public: standard deviation of the fine noise of an image in [-1, 1]
 _GRAIN_LENGTH = 0.5  # voxels
+_LEAST_RANK = 1e-4
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,24 @@ class AppearanceStatistics:
     Attributes:
         density: (channel, level, feature) weights of the cosine coefficients of the grey values' density.
         pose: (pose,) mean of drawn label maps, from which the features' frames turn.
+        score_mean: with the other three a :class:`medsynth.models.score_fields.ScoreFields`; each (0,) where one public
+            random field stands for what patients show.
+        score_beside: see there.
+        score_shares: see there.
+        chart: see there.
     """
 
     density: Array
     pose: Array
+    score_mean: Singles = field(default_factory=lambda: np.zeros(0, np.float32))
+    score_beside: NDArray[np.float16] = field(default_factory=lambda: np.zeros(0, np.float16))
+    score_shares: Array = field(default_factory=lambda: np.zeros(0))
+    chart: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    @property
+    def fields(self) -> ScoreFields:
+        """What patients show beside their distributions."""
+        return ScoreFields(self.score_mean, self.score_beside, self.score_shares, self.chart)
 
 
 class AppearanceSpace:
@@ -79,6 +96,8 @@ class AppearanceSpace:
         # Where patients will be measured it is read at once, so that a wrong place stops a study before that.
         named = settings.template_centre_mm
         self._image = mni152(named) if named is not None and len(maps) else None
+        self.mixed = settings.mixed_patients
+        """How many records a draft mixes, which needs :meth:`with_scores`; 0: none."""
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)
         self._spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
@@ -155,22 +174,56 @@ class AppearanceSpace:
         weights = self._fit.solve(believed * np.sqrt(self.grid.channels))
         return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1), self._fit.mean_pose)
 
+    def with_scores(
+        self, statistics: AppearanceStatistics, records: Iterable[tuple[NDArray[np.float32], NDArray[np.uint8], float]]
+    ) -> AppearanceStatistics:
+        """Return statistics with what records show beside their distributions; not private.
+
+        Args:
+            statistics: what :meth:`statistics` returned.
+            records: image, label map, and how much they count.
+        """
+        shown = ((image, label, weight) for image, label, weight in records if self.features.has_pose(label))
+        scored = ((self._scores(image, label, statistics), label, weight) for image, label, weight in shown)
+        chart = mean_foreground(self.features, self._maps, statistics.pose)
+        found = measured_scores(self.features, chart, statistics.pose, scored)
+        return replace(
+            statistics, score_mean=found.mean, score_beside=found.beside, score_shares=found.shares, chart=chart
+        )
+
     def fits(self, statistics: AppearanceStatistics) -> bool:
         """Return whether statistics are of this layout."""
-        return statistics.density.shape == (self.grid.channels, self.levels, self.features.size)
+        fields = (self.grid.channels, *self.grid.shape) if self.mixed else (0,)
+        density = (self.grid.channels, self.levels, self.features.size)
+        return statistics.density.shape == density and statistics.score_mean.shape == fields
 
     def render(
         self, label: NDArray[np.uint8], statistics: AppearanceStatistics, rng: np.random.Generator
     ) -> NDArray[np.float32]:
         """Return an image (channel, \\*spatial) in [-1, 1] of a label map, dressed with released statistics.
 
-        All channels share one field: light and tissue change colours together.
+        All channels share one field: light and tissue change colours together. Mixed from patients, each channel has
+        its own, and no grain.
         """
-        rank = ndtr(self._smooth_field(label, rng)).astype(np.float32).reshape(-1, 1)
-        planes = [quantile(self._distribution(row, label, statistics.pose), rank) for row in statistics.density]
+        if self.mixed:
+            drawn = mixed_scores(self.features, statistics.fields, statistics.pose, label, self.mixed, rng)
+            return self._read_as_ranks(drawn, label, statistics).astype(np.float32)
+        fields = np.broadcast_to(self._smooth_field(label, rng), (self.grid.channels, *label.shape))
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
-        image = np.stack(planes).reshape(-1, *label.shape) + _GRAIN * grain
+        image = self._read_as_ranks(fields, label, statistics) + _GRAIN * grain
         return np.clip(image, -1, 1).astype(np.float32)
+
+    def _read_as_ranks(self, fields: Array, label: NDArray[np.uint8], statistics: AppearanceStatistics) -> Singles:
+        """Return the grey values (channel, \\*spatial) whose normal scores are ``fields``."""
+        ranks = ndtr(fields).astype(np.float32).reshape(len(fields), -1, 1)
+        rows = (self._distribution(row, label, statistics.pose) for row in statistics.density)
+        return np.stack([quantile(row, rank) for row, rank in zip(rows, ranks, strict=True)]).reshape(fields.shape)
+
+    def _scores(self, image: NDArray[np.float32], label: NDArray[np.uint8], statistics: AppearanceStatistics) -> Array:
+        """Return the normal scores (channel, \\*spatial) of an image's grey values."""
+        rows = (self._distribution(row, label, statistics.pose) for row in statistics.density)
+        ranks = np.stack([rank_of(row, plane.reshape(-1)) for row, plane in zip(rows, image, strict=True)])
+        return np.asarray(ndtri(np.clip(ranks, _LEAST_RANK, 1 - _LEAST_RANK))).reshape(image.shape)
 
     def _distribution(self, weights: Array, label: NDArray[np.uint8], mean: Array | None) -> Singles:
         """Return the cumulative distribution (voxel, edge) of grey values at each voxel."""
@@ -216,6 +269,15 @@ def quantile(distribution: Singles, rank: Singles) -> Singles:
     cell = np.clip((distribution < rank).sum(1) - 1, 0, cells - 1)
     low, high = distribution[rows, cell], distribution[rows, cell + 1]
     return np.asarray(-1 + 2 / cells * (cell + (rank[:, 0] - low) / np.maximum(high - low, 1e-6)), np.float32)
+
+
+def rank_of(distribution: Singles, values: Singles) -> Singles:
+    """Return the rank (voxel,) of grey values (voxel,) in distributions (voxel, edge); undoes :func:`quantile`."""
+    cells = distribution.shape[1] - 1
+    places = (values + 1) / 2 * cells
+    cell = np.clip(places.astype(np.int64), 0, cells - 1)
+    low, high = (np.take_along_axis(distribution, edge[:, None], 1)[:, 0] for edge in (cell, cell + 1))
+    return np.asarray(low + (high - low) * (places - cell), np.float32)
 
 
 def _standard(field: Array) -> Array:

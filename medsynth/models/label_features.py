@@ -47,7 +47,7 @@ class LabelFeatures:
 
     def __init__(self, grid: Grid, wide: Sequence[int], narrow: Sequence[int]) -> None:
         self.grid = grid
-        self._frame = PoseFrame(grid, tuple(narrow), 1.0)
+        self.frame = PoseFrame(grid, tuple(narrow), 1.0)
         self._wide, _ = low_pass(wide)
         self._narrow, _ = low_pass(narrow)
         self.fine = max(narrow) >= _FADES_FROM
@@ -58,7 +58,7 @@ class LabelFeatures:
 
     def project(self, values: NDArray[np.floating], label: NDArray[np.uint8], mean: Array | None = None) -> Array:
         """Return weighted means of features times ``values`` (value, \\*spatial): (value, feature)."""
-        place = self._place(label, mean)
+        place = self.place(label, mean)
         flat = values.reshape(len(values), -1).astype(np.float32) * place.shares
         total = np.zeros((len(values), self.size))
         for block in _blocks(label.size):
@@ -70,7 +70,7 @@ class LabelFeatures:
 
     def combine(self, weights: Array, label: NDArray[np.uint8], mean: Array | None = None) -> Array:
         """Return the weighted sums of features at every voxel: weights (value, feature) to (value, \\*spatial)."""
-        place = self._place(label, mean)
+        place = self.place(label, mean)
         cut, end = len(self._wide), len(self._wide) + self._bands * len(self._narrow)
         far, near, flat = np.split(weights.astype(np.float32), [cut, end], axis=1)
         near = near.reshape(-1, len(self._narrow))
@@ -86,7 +86,7 @@ class LabelFeatures:
         total, rng = np.zeros((self.size, self.size)), np.random.default_rng(0)
         for label in labels:
             voxels = rng.permutation(label.size)[:_GRAM_VOXELS]
-            place = self._place(label, mean)
+            place = self.place(label, mean)
             rows = self._rows(place, voxels)
             counts = place.shares[voxels]
             total += (rows * (counts / counts.sum())) @ rows.T
@@ -100,7 +100,7 @@ class LabelFeatures:
         Returns:
             (voxel, axis) mm as :meth:`places` has them, and (feature, voxel).
         """
-        place = self._place(label, mean)
+        place = self.place(label, mean)
         shares = place.shares.astype(float)
         voxels = rng.choice(label.size, count, p=shares / shares.sum())
         return self._millimetres(place, voxels, mean), self._rows(place, voxels)
@@ -111,7 +111,7 @@ class LabelFeatures:
         Raises:
             ValueError: the grid has no spacing.
         """
-        return self._millimetres(self._place(label, mean), slice(None), mean)
+        return self._millimetres(self.place(label, mean), slice(None), mean)
 
     def has_pose(self, label: NDArray[np.uint8]) -> bool:
         """Return whether there is a foreground to measure from."""
@@ -119,22 +119,23 @@ class LabelFeatures:
 
     def mean_pose(self, labels: Sequence[NDArray[np.uint8]]) -> Array:
         """Return the mean pose vector of label maps that show anything."""
-        poses = [vector for label in labels if (vector := self._frame.pose_vector(label)) is not None]
+        poses = [vector for label in labels if (vector := self.frame.pose_vector(label)) is not None]
         return np.mean(poses, axis=0)
 
-    def _place(self, label: NDArray[np.uint8], mean: Array | None) -> _Place:
+    def place(self, label: NDArray[np.uint8], mean: Array | None) -> Place:
+        """Return where the voxels of a label map that shows anything lie."""
         distance = signed_distance(label > 0).reshape(-1)
         counts = (1 / (1 + np.square(np.maximum(distance, 0) / _NEAR))).astype(np.float32)
         pose = self._pose(label)
         wide, narrow = _tempered(pose.stretch), pose.stretch
         if mean is not None:
-            follow = self._frame.pose(mean).stretch
+            follow = self.frame.pose(mean).stretch
             wide, narrow = turned(wide, _tempered(follow)), turned(narrow, follow)
-        return _Place(pose.centre, wide, narrow, label.reshape(-1), distance, counts / counts.sum())
+        return Place(pose.centre, wide, narrow, label.reshape(-1), distance, counts / counts.sum())
 
-    def _parts(self, place: _Place, voxels: slice | NDArray[np.int64]) -> tuple[Singles, Singles, Singles, Singles]:
+    def _parts(self, place: Place, voxels: slice | NDArray[np.int64]) -> tuple[Singles, Singles, Singles, Singles]:
         """Return wide and narrow cosines, band weights and label indicators, (feature, voxel)."""
-        distance, offset = place.distance[voxels], self._frame.voxels[:, voxels] - place.centre[:, None]
+        distance, offset = place.distance[voxels], self.frame.voxels[:, voxels] - place.centre[:, None]
         wide = cosine_products(_places(place.wide, offset, _WIDE_SD), self._wide)
         narrow = cosine_products(_places(place.narrow, offset, _NARROW_SD), self._narrow)
         if self.fine:
@@ -143,27 +144,27 @@ class LabelFeatures:
         parts = np.stack([place.label[voxels] == value for value in range(1, self.grid.classes)])
         return wide, narrow, bands, parts.astype(np.float32)
 
-    def _millimetres(self, place: _Place, voxels: slice | NDArray[np.int64], mean: Array) -> Array:
+    def _millimetres(self, place: Place, voxels: slice | NDArray[np.int64], mean: Array) -> Array:
         if self.grid.spacing_mm is None:
             raise ValueError("a grid without spacing has no millimetres")
-        inside = np.linalg.solve(place.narrow, self._frame.voxels[:, voxels] - place.centre[:, None])
+        inside = np.linalg.solve(place.narrow, self.frame.voxels[:, voxels] - place.centre[:, None])
         halves = np.array(self.grid.shape) / 2 * np.array(self.grid.spacing_mm)
-        return np.asarray((self._frame.pose(mean).stretch @ inside).T * halves)
+        return np.asarray((self.frame.pose(mean).stretch @ inside).T * halves)
 
-    def _rows(self, place: _Place, voxels: NDArray[np.int64]) -> Singles:
+    def _rows(self, place: Place, voxels: NDArray[np.int64]) -> Singles:
         """Return all features (feature, voxel)."""
         wide, narrow, bands, labels = self._parts(place, voxels)
         return np.concatenate([wide, (bands[:, None] * narrow[None]).reshape(-1, len(voxels)), labels])
 
     def _pose(self, label: NDArray[np.uint8]) -> Pose:
-        vector = self._frame.pose_vector(label)
+        vector = self.frame.pose_vector(label)
         if vector is None:
             raise ValueError("a label map without foreground has no pose: draw another")
-        return self._frame.pose(vector)
+        return self.frame.pose(vector)
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where the voxels of a label map lie: ``label``, ``distance`` to the foreground and ``shares`` are (voxel,).
 
     ``centre`` (axes,) and the stretches of both frames (axes, axes) are in half grids.

@@ -6,18 +6,22 @@ first released. They are shorter, so that a smaller clip norm, and with it less 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from medsynth import logs
 from medsynth.config import Study
+from medsynth.models.appearance import AppearanceSpace
 from medsynth.models.drafting import Drafting, TwiceMeasured
 from medsynth.models.pose import Array
 
 if TYPE_CHECKING:
     from medsynth.imaging.cohort import Patient
+    from medsynth.privacy.accounting import Event
     from medsynth.privacy.entropy import Entropy
     from medsynth.privacy.mechanism import GaussianSum
 
@@ -38,7 +42,19 @@ class AppearanceSums:
 
     def measure(self, patients: Iterable[Patient], entropy: Entropy) -> Any:
         """Release the sums and return the statistics that they say (arguments of :meth:`release`)."""
-        return self.space.statistics(*self.release(patients, entropy))
+        patients = list(patients)
+        statistics = self.space.statistics(*self.release(patients, entropy))
+        if isinstance(self.space, AppearanceSpace) and self.space.mixed:
+            return self.space.with_scores(statistics, _records(patients))
+        return statistics
+
+    @property
+    def plans(self) -> list[GaussianSum | Event]:
+        """Everything that reads patients: the mechanisms and, where images are kept beside them, that."""
+        from medsynth.privacy.accounting import Event
+
+        mixed = isinstance(self.space, AppearanceSpace) and self.space.mixed
+        return [*self.mechanisms, *([Event("nonprivate")] if mixed else [])]
 
     def release(self, patients: Iterable[Patient], entropy: Entropy) -> tuple[Array, float]:
         """Return the mean of the patients' vectors that the sums release, and the noise in each of its entries.
@@ -62,6 +78,13 @@ class AppearanceSums:
         for patient in patients:
             records = zip(patient.images.numpy(), patient.labels.numpy(), strict=True)
             yield np.mean([self.space.vector(image, label) for image, label in records], axis=0)
+
+
+def _records(patients: Sequence[Patient]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], float]]:
+    """Yield image, label map and weight of each record; patients count alike."""
+    for patient in logs.progress(patients, "measuring images WITHOUT privacy", len(patients)):
+        for image, label in zip(patient.images.numpy(), patient.labels.numpy(), strict=True):
+            yield image, label, 1 / len(patient.images)
 
 
 def plan_sums(config: Study, space: Drafting, noise_multiplier: float) -> AppearanceSums:

@@ -161,7 +161,7 @@ def _appearance(job: Job, space: Drafting, state: dict[str, Any]) -> None:
         state["entries"] |= {"appearance": before} if before else {}
     if "appearance" not in state["entries"]:
         sums = plan_sums(job.config, space, job.plan.appearance_noise_multiplier)
-        entry = job.reserve(sums.mechanisms, resume=True)
+        entry = job.reserve(sums.plans, resume=True)
         released = io.BytesIO()
         np.savez(released, **vars(sums.measure(job.patients(), open_entropy(job.config.privacy.entropy))))
         # Completed before anything is on disk, as in stage masks: no kill buys a second release.

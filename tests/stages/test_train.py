@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd
 from medsynth.stages import private_training, train
 from medsynth.stages.inputs import HISTORY
+from medsynth.stages.masks import load_masks
 from medsynth.stages.training_job import Job
 from medsynth.tracking import Tracker
 
@@ -421,6 +423,38 @@ def test_without_privacy_it_is_internal_and_the_ledger_says_so(
     assert manifest.sensitivity == "internal"
     kinds = {event["kind"] for entry in Ledger(inputs["ledger"]).entries() for event in entry["events"]}
     assert kinds == {"nonprivate"} and Ledger(inputs["ledger"]).taints()
+
+
+def test_what_patients_show_beside_their_distributions_is_taken_without_privacy_and_the_ledger_says_so(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = config.parse(
+        {
+            **tiny_settings,
+            "name": "tiny-nonprivate",
+            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
+            "train": {
+                **tiny_settings["train"],
+                "pretrain_steps": 0,
+                "steps": 0,
+                "appearance": {"coefficients": [2, 2], "mixed_patients": 3},
+            },
+            "synthesise": {"start": 0},
+        }
+    )
+    inputs = before_training(study, tmp_path, numbers=range(6), records=2)
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    assert manifest.sensitivity == "internal"
+    (reserved,) = [entry for entry in Ledger(inputs["ledger"]).entries() if entry["id"] in manifest.ledger_entries]
+    # Beside the sums, which are plans without noise: what a patient shows is kept.
+    assert reserved["mechanisms"][-1] == "nonprivate" and reserved["status"] == "complete"
+    dresser = load_generator(inputs["generator"], inputs["autoencoder"]).dresser
+    assert dresser is not None
+    label, images = load_masks(inputs["masks"]).draw(0), []
+    for seed in (1, 1, 2):
+        images.append(dresser.draft(label, np.random.default_rng(seed)))
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    assert len(dresser.statistics.score_beside) == 12, "2 records of 6 patients"
 
 
 def test_a_generator_from_internal_masks_is_internal_even_if_no_patient_trains_it(
