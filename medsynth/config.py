@@ -114,21 +114,26 @@ class Study(Section):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":
             raise ValueError("masks.covariance full drowns in noise at a finite privacy.epsilon: use diagonal")
-        if self.train.appearance.mixed_patients:
-            if self.privacy.private:
-                raise ValueError(
-                    "train.appearance.mixed_patients bounds no patient's share: use it with privacy.epsilon inf alone"
-                )
-            if self.train.appearance.factors:
-                raise ValueError(
-                    "train.appearance.mixed_patients is for distributions: train.appearance.factors must be 0"
-                )
         if self.grid.slice_axis is not None and dims != 2:
             raise ValueError("grid.slice_axis is for spatial_dims 2")
         names = {name for value, name in self.grid.labels.items() if value > 0}
         unknown = sorted((self.synthesise.volume_scale.keys() | self.synthesise.volume_median.keys()) - names)
         if unknown:
             raise ValueError(f"synthesise asks for a volume of {', '.join(unknown)}, which grid.labels does not hold")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_may_mix_patients(self) -> Self:
+        if not self.train.appearance.mixed_patients:
+            return self
+        if self.privacy.private:
+            raise ValueError(
+                "train.appearance.mixed_patients bounds no patient's share: use it with privacy.epsilon inf alone"
+            )
+        if not self.train.appearance.enabled:
+            raise ValueError("train.appearance.mixed_patients needs train.appearance.enabled")
+        if self.train.appearance.factors:
+            raise ValueError("train.appearance.mixed_patients is for distributions: train.appearance.factors must be 0")
         return self
 
     @model_validator(mode="after")

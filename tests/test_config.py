@@ -103,6 +103,8 @@ def test_mixed_patients_are_not_for_factors(tiny_settings: dict[str, Any]) -> No
     raw = {**with_value(tiny_settings, "privacy.epsilon", math.inf), "name": "tiny-nonprivate"}
     raw = with_value(raw, "train.appearance.mixed_patients", 5)
     assert config.parse(raw).train.appearance.mixed_patients == 5
+    with pytest.raises(ConfigError, match=r"mixed_patients needs train\.appearance\.enabled"):
+        config.parse(with_value(raw, "train.appearance.enabled", False))
     with pytest.raises(ConfigError, match=r"train\.appearance\.factors must be 0"):
         config.parse(with_value(raw, "train.appearance.factors", 4))
 

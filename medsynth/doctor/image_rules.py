@@ -11,6 +11,7 @@ from medsynth.doctor.evidence import INTERNAL, PUBLIC, Evidence
 from medsynth.doctor.finding import Change, Finding, above, below, beyond
 
 _LEAST_POINTS = 8  # of a loss curve, for a statement about its last quarter
+_MIXED_MORE = (Change("train.appearance.mixed_patients", "raise"),)
 _FITTED_LESS = (Change("train.steps", "lower"), Change("privacy.epsilon", "lower"))
 
 
@@ -54,7 +55,7 @@ def copies(evidence: Evidence) -> list[Finding]:
             value=ratio if by_ratio >= by_share else share,
             threshold=limits.COPY_RATIO if by_ratio >= by_share else limits.COPY_SHARE,
             off=max(by_ratio, by_share),
-            changes=_FITTED_LESS,
+            changes=(*_MIXED_MORE, *_FITTED_LESS) if evidence.study.train.appearance.mixed_patients else _FITTED_LESS,
             source=INTERNAL,
         )
     )

@@ -44,7 +44,7 @@ _FINE, _COARSE = (1.0, 0.6), (6.0, 0.8)  # correlation length (mm; voxels where 
 _COARSE_FADE = 4.0  # voxels outside the foreground over which the coarse field fades in: organs are alike inside
 _GRAIN = 0.06  # public: standard deviation of the fine noise of an image in [-1, 1]
 _GRAIN_LENGTH = 0.5  # voxels
-_LEAST_RANK = 1e-4
+_LEAST_RANK = 1e-4  # and as far from 1: keeps normal scores finite
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AppearanceStatistics:
         score_mean: with the other three a :class:`medsynth.models.score_fields.ScoreFields`; each (0,) where one public
             random field stands for what patients show.
         score_beside: see there.
-        score_shares: see there.
+        score_patient: see there.
         chart: see there.
     """
 
@@ -65,13 +65,13 @@ class AppearanceStatistics:
     pose: Array
     score_mean: Singles = field(default_factory=lambda: np.zeros(0, np.float32))
     score_beside: NDArray[np.float16] = field(default_factory=lambda: np.zeros(0, np.float16))
-    score_shares: Array = field(default_factory=lambda: np.zeros(0))
+    score_patient: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     chart: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     @property
     def fields(self) -> ScoreFields:
         """What patients show beside their distributions."""
-        return ScoreFields(self.score_mean, self.score_beside, self.score_shares, self.chart)
+        return ScoreFields(self.score_mean, self.score_beside, self.score_patient, self.chart)
 
 
 class AppearanceSpace:
@@ -97,7 +97,7 @@ class AppearanceSpace:
         named = settings.template_centre_mm
         self._image = mni152(named) if named is not None and len(maps) else None
         self.mixed = settings.mixed_patients
-        """How many records a draft mixes, which needs :meth:`with_scores`; 0: none."""
+        """How many patients a draft mixes, which needs :meth:`with_scores`; 0: none."""
         edges = np.linspace(-1, 1, _CELLS + 1)
         self._edge_waves = waves(edges, self.levels).astype(np.float32)
         self._spacing = np.array(grid.spacing_mm or (1.0,) * len(grid.shape))
@@ -175,20 +175,23 @@ class AppearanceSpace:
         return AppearanceStatistics(weights.reshape(self.grid.channels, self.levels, -1), self._fit.mean_pose)
 
     def with_scores(
-        self, statistics: AppearanceStatistics, records: Iterable[tuple[NDArray[np.float32], NDArray[np.uint8], float]]
+        self, statistics: AppearanceStatistics, records: Iterable[tuple[NDArray[np.float32], NDArray[np.uint8], int]]
     ) -> AppearanceStatistics:
         """Return statistics with what records show beside their distributions; not private.
 
         Args:
             statistics: what :meth:`statistics` returned.
-            records: image, label map, and how much they count.
+            records: image, label map, and the patient's number.
+
+        Raises:
+            InputError: no label map shows anything.
         """
-        shown = ((image, label, weight) for image, label, weight in records if self.features.has_pose(label))
-        scored = ((self._scores(image, label, statistics), label, weight) for image, label, weight in shown)
+        shown = ((image, label, patient) for image, label, patient in records if self.features.has_pose(label))
+        scored = ((self._scores(image, label, statistics), label, patient) for image, label, patient in shown)
         chart = mean_foreground(self.features, self._maps, statistics.pose)
         found = measured_scores(self.features, chart, statistics.pose, scored)
         return replace(
-            statistics, score_mean=found.mean, score_beside=found.beside, score_shares=found.shares, chart=chart
+            statistics, score_mean=found.mean, score_beside=found.beside, score_patient=found.patient, chart=chart
         )
 
     def fits(self, statistics: AppearanceStatistics) -> bool:

@@ -3,8 +3,9 @@
 A grey value's *normal score* is the normal quantile of its rank in the distribution of its voxel. Scores of all
 patients are carried into one chart, the mean foreground of drawn label maps, voxel to voxel
 (:mod:`medsynth.models.correspondence`). There a field is drawn as their mean and a random mixture of what a few
-patients show beside it, of unit length. It has the mean and the covariance of patients' own, from voxel to voxel, and
-the fewer are mixed, the more of what covariances do not tell: edges, folds. It is carried back to any label map.
+patients show beside it, with weights of unit length. It has the mean and the covariance of patients' own, from voxel to
+voxel, and the fewer are mixed, the more of what covariances do not tell: edges, folds. It is carried back to any label
+map.
 Nothing bounds what one patient adds.
 
 Sources: appearance models in a mean shape, Cootes et al. (2001); normal scores, van der Waerden (1952); mixtures of few
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medsynth.errors import InputError
 from medsynth.models.correspondence import corresponding, sampled
 from medsynth.models.label_features import LabelFeatures, Singles, signed_distance
 from medsynth.models.pose import Array
@@ -29,23 +31,25 @@ _EVEN = 2.0  # of the Dirichlet distribution of squared weights: none is much la
 
 @dataclass(frozen=True)
 class ScoreFields:
-    """What records show beside their distributions, in one chart.
+    """What patients show beside their distributions, in one chart.
 
     Attributes:
         mean: (channel, \\*spatial) mean over patients.
         beside: (record, channel, \\*spatial) what each record shows beside it.
-        shares: (record,) how much each counts; they add up to one.
+        patient: (record,) number of the patient whose record it is, from 0 on without gaps.
         chart: (\\*spatial) foreground in whose voxels they are known.
     """
 
     mean: Singles
     beside: NDArray[np.float16]
-    shares: Array
+    patient: NDArray[np.int64]
     chart: NDArray[np.uint8]
 
 
 def mean_foreground(features: LabelFeatures, maps: Sequence[NDArray[np.uint8]], mean: Array) -> NDArray[np.uint8]:
-    """Return the foreground (\\*spatial) under the pose ``mean`` whose distances are the mean of those of label maps.
+    """Return a foreground (\\*spatial) under the pose ``mean``, as large as those of label maps are in the mean.
+
+    It holds the voxels that lie deepest in them in the mean, once each map lies under that pose.
 
     Args:
         features: the layout.
@@ -56,20 +60,22 @@ def mean_foreground(features: LabelFeatures, maps: Sequence[NDArray[np.uint8]], 
     pose = frame.pose(mean)
     half = np.array(frame.grid.shape)[:, None] / 2
     offset = np.linalg.solve(pose.stretch, frame.voxels - pose.centre[:, None])
+    shown = [label for label in maps if features.has_pose(label)]
     total = np.zeros(frame.voxels.shape[1])
-    for label in maps:
-        if features.has_pose(label):
-            place = features.place(label, mean)
-            points = (place.narrow @ offset + place.centre[:, None] + 1) * half - 0.5
-            total += sampled(signed_distance(label > 0), points, 1)
-    return np.asarray(total < 0, np.uint8).reshape(frame.grid.shape)
+    for label in shown:
+        place = features.place(label, mean)
+        points = (place.narrow @ offset + place.centre[:, None] + 1) * half - 0.5
+        total += sampled(signed_distance(label > 0), points, 1)
+    found = np.zeros(total.shape, np.uint8)
+    found[np.argsort(total, kind="stable")[: max(1, round(np.mean([np.count_nonzero(x) for x in shown])))]] = 1
+    return found.reshape(frame.grid.shape)
 
 
 def measured_scores(
     features: LabelFeatures,
     chart: NDArray[np.uint8],
     mean: Array,
-    records: Iterable[tuple[Array, NDArray[np.uint8], float]],
+    records: Iterable[tuple[Array, NDArray[np.uint8], int]],
 ) -> ScoreFields:
     """Return what records show in a chart.
 
@@ -77,20 +83,25 @@ def measured_scores(
         features: the layout.
         chart: (\\*spatial) foreground.
         mean: pose vector from which frames turn.
-        records: scores (channel, \\*spatial), label map that shows anything, and how much the record counts.
+        records: scores (channel, \\*spatial), label map that shows anything, and the patient's number.
+
+    Raises:
+        InputError: there is no record.
     """
-    place, rows, weights = features.place(chart, mean), [], []
-    for scores, label, weight in records:
+    place, rows, owners = features.place(chart, mean), [], []
+    for scores, label, owner in records:
         points = corresponding(features.frame.voxels, chart.shape, place, features.place(label, mean))
         rows.append(np.stack([sampled(plane, points, _CUBIC) for plane in scores]).astype(np.float16))
-        weights.append(weight)
-    shares = np.array(weights) / np.sum(weights)
+        owners.append(owner)
+    if not rows:
+        raise InputError("no patient to train on shows a label: there is nothing that drafts could mix")
+    _, patient, counts = np.unique(owners, return_inverse=True, return_counts=True)
     centre = np.zeros(rows[0].shape, np.float32)
-    for row, share in zip(rows, shares, strict=True):
-        centre += np.float32(share) * row
+    for row, number in zip(rows, patient, strict=True):
+        centre += row / np.float32(counts[number] * len(counts))
     shape = (-1, *chart.shape)
     beside = np.stack([(row - centre).astype(np.float16).reshape(shape) for row in rows])
-    return ScoreFields(centre.reshape(shape), beside, shares, chart)
+    return ScoreFields(centre.reshape(shape), beside, patient, chart)
 
 
 def mixed_scores(
@@ -101,18 +112,21 @@ def mixed_scores(
     count: int,
     rng: np.random.Generator,
 ) -> Array:
-    """Return a field (channel, \\*spatial) beside a label map, mixed from records.
+    """Return a field (channel, \\*spatial) beside a label map, mixed from patients.
 
     Args:
         features: the layout.
         fields: what :func:`measured_scores` found.
         mean: pose vector from which frames turn.
         label: (\\*spatial) label map that shows anything.
-        count: how many records are mixed.
+        count: how many patients are mixed, one record of each.
         rng: chooses them and their weights.
     """
-    chosen = rng.choice(len(fields.shares), min(count, len(fields.shares)), replace=False, p=fields.shares)
-    weights = np.sqrt(rng.dirichlet(np.full(len(chosen), _EVEN))).astype(np.float32)
+    # Each by itself, so that now and then one comes twice: without that, weights would add up to less than the
+    # patients' covariance, and to nothing where all are mixed.
+    patients = rng.integers(fields.patient.max() + 1, size=count)
+    chosen = [rng.choice(np.flatnonzero(fields.patient == patient)) for patient in patients]
+    weights = np.sqrt(rng.dirichlet(np.full(count, _EVEN))).astype(np.float32)
     field = fields.mean + np.tensordot(weights, fields.beside[chosen].astype(np.float32), 1)
     places = features.place(label, mean), features.place(fields.chart, mean)
     points = corresponding(features.frame.voxels, label.shape, *places)

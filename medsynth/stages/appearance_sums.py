@@ -6,7 +6,7 @@ first released. They are shorter, so that a smaller clip norm, and with it less 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,23 +40,24 @@ class AppearanceSums:
     space: Drafting
     mechanisms: tuple[GaussianSum, ...]
 
-    def measure(self, patients: Iterable[Patient], entropy: Entropy) -> Any:
+    def measure(self, patients: Sequence[Patient], entropy: Entropy) -> Any:
         """Release the sums and return the statistics that they say (arguments of :meth:`release`)."""
-        patients = list(patients)
         statistics = self.space.statistics(*self.release(patients, entropy))
-        if isinstance(self.space, AppearanceSpace) and self.space.mixed:
-            return self.space.with_scores(statistics, _records(patients))
-        return statistics
+        mixing = self._mixing()
+        return statistics if mixing is None else mixing.with_scores(statistics, _records(patients))
 
     @property
     def plans(self) -> list[GaussianSum | Event]:
         """Everything that reads patients: the mechanisms and, where images are kept beside them, that."""
         from medsynth.privacy.accounting import Event
 
-        mixed = isinstance(self.space, AppearanceSpace) and self.space.mixed
-        return [*self.mechanisms, *([Event("nonprivate")] if mixed else [])]
+        return [*self.mechanisms, *([Event("nonprivate")] if self._mixing() else [])]
 
-    def release(self, patients: Iterable[Patient], entropy: Entropy) -> tuple[Array, float]:
+    def _mixing(self) -> AppearanceSpace | None:
+        """Return the layout if drafts mix what patients show, which no mechanism releases."""
+        return self.space if isinstance(self.space, AppearanceSpace) and self.space.mixed else None
+
+    def release(self, patients: Sequence[Patient], entropy: Entropy) -> tuple[Array, float]:
         """Return the mean of the patients' vectors that the sums release, and the noise in each of its entries.
 
         Args:
@@ -73,18 +74,18 @@ class AppearanceSums:
         again = second.release((space.around(vector, centre) for vector in vectors), entropy)
         return space.joined((mean, again), centre, (sd, second.noise_sd))
 
-    def _vectors(self, patients: Iterable[Patient]) -> Iterator[Array]:
+    def _vectors(self, patients: Sequence[Patient]) -> Iterator[Array]:
         """Yield one vector a patient, the mean over the patient's records."""
-        for patient in patients:
+        for patient in logs.progress(patients, "measuring images", len(patients)):
             records = zip(patient.images.numpy(), patient.labels.numpy(), strict=True)
             yield np.mean([self.space.vector(image, label) for image, label in records], axis=0)
 
 
-def _records(patients: Sequence[Patient]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], float]]:
-    """Yield image, label map and weight of each record; patients count alike."""
-    for patient in logs.progress(patients, "measuring images WITHOUT privacy", len(patients)):
+def _records(patients: Sequence[Patient]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], int]]:
+    """Yield image, label map and number of the patient of each record."""
+    for number, patient in enumerate(logs.progress(patients, "reading what drafts mix WITHOUT privacy", len(patients))):
         for image, label in zip(patient.images.numpy(), patient.labels.numpy(), strict=True):
-            yield image, label, 1 / len(patient.images)
+            yield image, label, number
 
 
 def plan_sums(config: Study, space: Drafting, noise_multiplier: float) -> AppearanceSums:

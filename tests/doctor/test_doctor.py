@@ -237,6 +237,17 @@ def test_what_is_advised_for_drafts_alters_drafts(rule: str, left: set[str], hea
     assert advised() == left
 
 
+def test_copies_among_mixed_drafts_want_more_patients_mixed(healthy: Path) -> None:
+    reported("memorisation", "median_ratio", value=0.3)(healthy)
+    make_drafts(healthy)
+    study = study_of(healthy).model_dump(mode="json")
+    study["name"], study["privacy"]["epsilon"] = "tiny-nonprivate", "inf"
+    study["train"]["appearance"]["mixed_patients"] = 2
+    (healthy / STUDY).write_text(json.dumps(study))
+    (finding,) = [finding for finding in examine(gather(healthy)) if finding.rule == "copies"]
+    assert str(finding.changes[0]) == "raise train.appearance.mixed_patients"
+
+
 def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(healthy: Path) -> None:
     def advised() -> set[str]:
         (finding,) = [finding for finding in examine(gather(healthy)) if finding.rule == "disobeyed-masks"]

@@ -457,6 +457,17 @@ def test_what_patients_show_beside_their_distributions_is_taken_without_privacy_
     assert len(dresser.statistics.score_beside) == 12, "2 records of 6 patients"
 
 
+def test_a_private_budget_does_not_pay_for_mixed_patients_even_where_the_configuration_was_not_checked(
+    study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    appearance = study.train.appearance.model_copy(update={"mixed_patients": 3})
+    slipped = study.model_copy(update={"train": study.train.model_copy(update={"appearance": appearance})})
+    monkeypatch.setattr(Job, "patients", lambda job: pytest.fail("a patient was read"))
+    with pytest.raises(BudgetError):
+        train.run(slipped, inputs, inputs["generator"], Tracker())
+
+
 def test_a_generator_from_internal_masks_is_internal_even_if_no_patient_trains_it(
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
 ) -> None:
