@@ -44,6 +44,7 @@ _FINE, _COARSE = (1.0, 0.6), (6.0, 0.8)  # correlation length (mm; voxels where 
 _COARSE_FADE = 4.0  # voxels outside the foreground over which the coarse field fades in: organs are alike inside
 _GRAIN = 0.06  # public: standard deviation of the fine noise of an image in [-1, 1]
 _GRAIN_LENGTH = 0.5  # voxels
+_MIXED_SOFT = 0.6  # voxels by which mixed scores are softened
 _LEAST_RANK = 1e-4  # and as far from 1: keeps normal scores finite
 
 
@@ -210,7 +211,9 @@ class AppearanceSpace:
         """
         if self.mixed:
             drawn = mixed_scores(self.features, statistics.fields, statistics.pose, label, self.mixed, rng)
-            return self._read_as_ranks(drawn, label, statistics).astype(np.float32)
+            # Read in steep distributions, single voxels of a mixture would be grains of other tissues.
+            soft = ndimage.gaussian_filter(drawn, (0, *(_MIXED_SOFT,) * label.ndim), mode="nearest")
+            return self._read_as_ranks(soft, label, statistics).astype(np.float32)
         fields = np.broadcast_to(self._smooth_field(label, rng), (self.grid.channels, *label.shape))
         grain = _standard(ndimage.gaussian_filter(rng.standard_normal(self.grid.shape), _GRAIN_LENGTH))
         image = self._read_as_ranks(fields, label, statistics) + _GRAIN * grain

@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from medsynth.config import Appearance, Grid
 from medsynth.errors import InputError
-from medsynth.imaging.phantom import sample_label_maps
+from medsynth.imaging.phantom import sample_label_maps, smooth_field
+from medsynth.models import appearance
 from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics, quantile, rank_of
 from medsynth.models.correspondence import corresponding, sampled
 from medsynth.models.label_features import signed_distance
@@ -179,3 +180,26 @@ def test_statistics_of_the_other_kind_do_not_fit() -> None:
     assert layout.fits(found) and not plain.fits(found)
     base = plain.statistics(np.mean([plain.vector(*pair[:2]) for pair in patients], axis=0), 0.0)
     assert plain.fits(base) and not layout.fits(base)
+
+
+def test_softened_mixtures_show_fewer_grains_of_other_tissues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the organ patients show patches of either of two tissues; a mixture of five is pepper and salt."""
+    layout, patients = space(2), []
+    for index, label in enumerate(sample_label_maps(layout.grid, _PATIENTS, 2)):
+        rng = np.random.default_rng(index)
+        patches = np.where(smooth_field(rng, label.shape, 8) > 0, 0.6, -0.6) + 0.1 * rng.standard_normal(label.shape)
+        patients.append((np.where(label > 0, 0.1, patches)[None].clip(-1, 1).astype(np.float32), label, index))
+    found = statistics(layout, patients)
+
+    def grains(image: np.ndarray, label: np.ndarray) -> float:
+        apart = np.abs(image[0] - ndimage.median_filter(image[0], 3)) > 0.5
+        return float(apart[signed_distance(label > 0) > 1].mean())
+
+    def drawn() -> float:
+        labels = [label for _, label, _ in patients]
+        images = [layout.render(label, found, np.random.default_rng(index)) for index, label in enumerate(labels)]
+        return float(np.mean([grains(image, label) for image, label in zip(images, labels, strict=True)]))
+
+    softened = drawn()
+    monkeypatch.setattr(appearance, "_MIXED_SOFT", 1e-4)
+    assert np.mean([grains(image, label) for image, label, _ in patients]) < softened < 0.6 * drawn()
