@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from medsynth.models.label_features import Place
-from medsynth.models.pose import Array
+from medsynth.models.pose import Array, sampled, voxel_places
 
 _NEAR, _FAR = 4.0, 10.0  # voxels from the surface up to which distances must agree, and from which on they need not
 _STEPS, _LONGEST = 8, 2.0  # Newton's, and how far one may go
@@ -32,23 +31,17 @@ def corresponding(voxels: Array, shape: tuple[int, ...], here: Place, there: Pla
     close, wide = (
         end @ np.linalg.solve(start, offset) for start, end in ((here.narrow, there.narrow), (here.wide, there.wide))
     )
-    half = np.array(shape)[:, None] / 2
-    points = np.asarray((near * close + (1 - near) * wide + there.centre[:, None] + 1) * half - 0.5)
+    points = voxel_places(near * close + (1 - near) * wide + there.centre[:, None], shape)
     moved = np.flatnonzero(near)
     points[:, moved] = _as_far(points[:, moved], here.distance[moved], near[moved], there.distance.reshape(shape))
     return points
-
-
-def sampled(volume: NDArray[np.floating], points: Array, order: int) -> Array:
-    """Return the values (point,) of a volume at places (axis, point) in voxels; outside, those of the nearest."""
-    return np.asarray(ndimage.map_coordinates(volume, points, order=order, mode="nearest"))
 
 
 def _as_far(points: Array, wanted: Array, weights: Array, distance: Array) -> Array:
     """Return points moved until ``distance`` is as ``wanted`` there, as far as ``weights`` say."""
     gradients = np.gradient(ndimage.gaussian_filter(distance, _SOFT))
     for _ in range(_STEPS):
-        missing = np.clip(sampled(distance, points, 1) - wanted, -_LONGEST, _LONGEST)
-        slope = np.stack([sampled(part, points, 1) for part in gradients])
+        missing = np.clip(sampled(distance, points) - wanted, -_LONGEST, _LONGEST)
+        slope = np.stack([sampled(part, points) for part in gradients])
         points = points - weights * missing * slope / np.maximum(np.square(slope).sum(0), _FLAT)
     return points

@@ -48,6 +48,7 @@ class LabelFeatures:
     def __init__(self, grid: Grid, wide: Sequence[int], narrow: Sequence[int]) -> None:
         self.grid = grid
         self.frame = PoseFrame(grid, tuple(narrow), 1.0)
+        """Reads poses, and holds the centres of the grid's voxels."""
         self._wide, _ = low_pass(wide)
         self._narrow, _ = low_pass(narrow)
         self.fine = max(narrow) >= _FADES_FROM

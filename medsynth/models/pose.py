@@ -91,13 +91,13 @@ class PoseFrame:
     def enter(self, volume: NDArray[Any], pose: Pose) -> Array:
         """Return ``volume`` (\\*spatial) sampled in the canonical frame of ``pose``; outside, the nearest voxel."""
         points = pose.stretch @ self.points + pose.centre[:, None]
-        return _sample(volume, (points + 1) * self._half[:, None] - 0.5, self.shape, "nearest")
+        return sampled(np.asarray(volume, float), voxel_places(points, self.grid.shape)).reshape(self.shape)
 
     def leave(self, volume: Array, pose: Pose, outside: Outside = "constant") -> Array:
         """Return a canonical ``volume`` put back on the grid under ``pose``; outside the frame 0 or the nearest."""
         points = np.linalg.solve(pose.stretch, self.voxels - pose.centre[:, None]) / self._half_width_sd
-        half = np.array(self.shape) / 2
-        return _sample(volume, (points + 1) * half[:, None] - 0.5, self.grid.shape, outside)
+        places = voxel_places(points, self.shape)
+        return sampled(np.asarray(volume, float), places, outside=outside).reshape(self.grid.shape)
 
     def compress(self, volume: Array) -> Array:
         """Return the kept cosine coefficients (orthonormal DCT-II; Ahmed et al. 1974) of a canonical volume, flat."""
@@ -132,6 +132,11 @@ def _lattice(shape: tuple[int, ...]) -> Array:
     return np.stack(np.meshgrid(*lines, indexing="ij")).reshape(len(shape), -1)
 
 
-def _sample(volume: NDArray[Any], points: Array, shape: tuple[int, ...], outside: Outside) -> Array:
-    values = ndimage.map_coordinates(np.asarray(volume, float), points, order=1, mode=outside)
-    return np.asarray(values.reshape(shape))
+def voxel_places(points: NDArray[np.floating], shape: tuple[int, ...]) -> Array:
+    """Return where points (axis, point) in half volumes lie in a volume of ``shape``, in voxels."""
+    return np.asarray((points + 1) * (np.array(shape) / 2)[:, None] - 0.5)
+
+
+def sampled(volume: NDArray[np.floating], places: Array, order: int = 1, outside: Outside = "nearest") -> Array:
+    """Return the values (point,) of a volume at places (axis, point) in voxels, by splines of ``order``."""
+    return np.asarray(ndimage.map_coordinates(volume, places, order=order, mode=outside))

@@ -2,11 +2,10 @@
 
 A grey value's *normal score* is the normal quantile of its rank in the distribution of its voxel. Scores of all
 patients are carried into one chart, the mean foreground of drawn label maps, voxel to voxel
-(:mod:`medsynth.models.correspondence`). There a field is drawn as their mean and a random mixture of what a few
+(:mod:`medsynth.models.correspondence`). There a field is drawn as their mean and a random mixture of what some
 patients show beside it, with weights of unit length. It has the mean and the covariance of patients' own, from voxel to
 voxel, and the fewer are mixed, the more of what covariances do not tell: edges, folds. It is carried back to any label
-map.
-Nothing bounds what one patient adds.
+map. Nothing bounds what one patient adds.
 
 Sources: appearance models in a mean shape, Cootes et al. (2001); normal scores, van der Waerden (1952); mixtures of few
 examples, Chawla et al. (2002).
@@ -21,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medsynth.errors import InputError
-from medsynth.models.correspondence import corresponding, sampled
-from medsynth.models.label_features import LabelFeatures, Singles, signed_distance
-from medsynth.models.pose import Array
+from medsynth.models.correspondence import corresponding
+from medsynth.models.label_features import LabelFeatures, Singles
+from medsynth.models.pose import Array, sampled, voxel_places
 
 _CUBIC = 3  # order of splines: lower ones blur
 _EVEN = 2.0  # of the Dirichlet distribution of squared weights: none is much larger than the others
@@ -58,14 +57,13 @@ def mean_foreground(features: LabelFeatures, maps: Sequence[NDArray[np.uint8]], 
     """
     frame = features.frame
     pose = frame.pose(mean)
-    half = np.array(frame.grid.shape)[:, None] / 2
     offset = np.linalg.solve(pose.stretch, frame.voxels - pose.centre[:, None])
     shown = [label for label in maps if features.has_pose(label)]
     total = np.zeros(frame.voxels.shape[1])
     for label in shown:
         place = features.place(label, mean)
-        points = (place.narrow @ offset + place.centre[:, None] + 1) * half - 0.5
-        total += sampled(signed_distance(label > 0), points, 1)
+        points = voxel_places(place.narrow @ offset + place.centre[:, None], frame.grid.shape)
+        total += sampled(place.distance.reshape(frame.grid.shape), points)
     found = np.zeros(total.shape, np.uint8)
     found[np.argsort(total, kind="stable")[: max(1, round(np.mean([np.count_nonzero(x) for x in shown])))]] = 1
     return found.reshape(frame.grid.shape)

@@ -13,8 +13,9 @@ from medsynth.errors import InputError
 from medsynth.imaging.phantom import sample_label_maps, smooth_field
 from medsynth.models import appearance
 from medsynth.models.appearance import AppearanceSpace, AppearanceStatistics, quantile, rank_of
-from medsynth.models.correspondence import corresponding, sampled
+from medsynth.models.correspondence import corresponding
 from medsynth.models.label_features import signed_distance
+from medsynth.models.pose import sampled
 from medsynth.models.score_fields import ScoreFields, mean_foreground, mixed_scores
 
 _PATIENTS = 24

@@ -41,6 +41,10 @@ def study(tiny_settings: dict[str, Any]) -> Study:
     return changed(tiny_settings)
 
 
+def without_privacy(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "name": "tiny-nonprivate", "privacy": {**settings["privacy"], "epsilon": "inf"}}
+
+
 def changed(settings: dict[str, Any], **values: Any) -> Study:
     return config.parse({**settings, "train": {**settings["train"], "steps": T, "trainable": "bias_norm", **values}})
 
@@ -82,8 +86,7 @@ def test_a_killed_training_without_privacy_goes_on_where_it_was_and_keeps_its_lo
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the pre-training and in the training: no step is taken twice, and the weights are the same."""
-    without = {**tiny_settings, "name": "tiny-nonprivate", "privacy": {**tiny_settings["privacy"], "epsilon": "inf"}}
-    study = changed(without, pretrain_steps=45, steps=45, trainable="all")
+    study = changed(without_privacy(tiny_settings), pretrain_steps=45, steps=45, trainable="all")
     monkeypatch.setattr(fitting, "_KEEP_EVERY_S", 0.0)
     whole, killed = (before_training(study, tmp_path / name) for name in ("whole", "killed"))
     train.run(study, whole, whole["generator"], Tracker())
@@ -109,8 +112,7 @@ def test_a_killed_training_without_privacy_goes_on_where_it_was_and_keeps_its_lo
 def test_a_training_without_privacy_killed_after_it_was_completed_ends_with_other_digits_too(
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = {**tiny_settings, "name": "tiny-nonprivate", "privacy": {**tiny_settings["privacy"], "epsilon": "inf"}}
-    study = changed(without, trainable="all")
+    study = changed(without_privacy(tiny_settings), trainable="all")
     inputs = before_training(study, tmp_path)
     kill_before_scratch_goes(study, inputs, monkeypatch)
     monkeypatch.setattr(fitting, "row_loss", lambda *arguments: 1.001 * row_loss(*arguments))
@@ -411,13 +413,7 @@ def test_what_another_configuration_left_is_thrown_away(
 def test_without_privacy_it_is_internal_and_the_ledger_says_so(
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
 ) -> None:
-    study = config.parse(
-        {
-            **tiny_settings,
-            "name": "tiny-nonprivate",
-            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
-        }
-    )
+    study = config.parse(without_privacy(tiny_settings))
     inputs = before_training(study, tmp_path)
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert manifest.sensitivity == "internal"
@@ -428,20 +424,9 @@ def test_without_privacy_it_is_internal_and_the_ledger_says_so(
 def test_what_patients_show_beside_their_distributions_is_taken_without_privacy_and_the_ledger_says_so(
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
 ) -> None:
-    study = config.parse(
-        {
-            **tiny_settings,
-            "name": "tiny-nonprivate",
-            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
-            "train": {
-                **tiny_settings["train"],
-                "pretrain_steps": 0,
-                "steps": 0,
-                "appearance": {"coefficients": [2, 2], "mixed_patients": 3},
-            },
-            "synthesise": {"start": 0},
-        }
-    )
+    mixed = {"coefficients": [2, 2], "mixed_patients": 3}
+    drafts = without_privacy(tiny_settings) | {"synthesise": {"start": 0}}
+    study = changed(drafts, pretrain_steps=0, steps=0, appearance=mixed)
     inputs = before_training(study, tmp_path, numbers=range(6), records=2)
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert manifest.sensitivity == "internal"
@@ -471,14 +456,8 @@ def test_a_private_budget_does_not_pay_for_mixed_patients_even_where_the_configu
 def test_a_generator_from_internal_masks_is_internal_even_if_no_patient_trains_it(
     tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
 ) -> None:
-    study = config.parse(
-        {
-            **tiny_settings,
-            "name": "tiny-nonprivate",
-            "privacy": {**tiny_settings["privacy"], "epsilon": float("inf")},
-            "train": {**tiny_settings["train"], "steps": 0, "appearance": {"enabled": False, "coefficients": [2, 2]}},
-        }
-    )
+    public = {"enabled": False, "coefficients": [2, 2]}
+    study = changed(without_privacy(tiny_settings), steps=0, appearance=public)
     inputs = before_training(study, tmp_path)
     assert train.run(study, inputs, inputs["generator"], Tracker()).sensitivity == "internal"
 
