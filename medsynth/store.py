@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 from medsynth import __version__
 from medsynth.errors import StoreError
+from medsynth.files import SCRATCH, replace_bytes
 
 MANIFEST = "manifest.json"
+_STATE = "unfinished.sha256"  # in a folder that a later run may go on with: what it was begun from
 Sensitivity = Literal["public", "released", "internal", "private"]
 ORDER: tuple[Sensitivity, ...] = ("public", "released", "internal", "private")
 
@@ -138,6 +140,22 @@ class StageFolder:
         self._inputs = dict(inputs)
         self.manifest: Manifest | None = None
 
+    def resume(self, *, scratch: str | None = None) -> bool:
+        """Return whether an interrupted run of the same settings and inputs left something, else begin empty.
+
+        Args:
+            scratch: beginning of the names of files and folders that no run goes on with.
+        """
+        identity = digest_of({"digest": self._config_digest, **self._parents()})
+        state = self.path / _STATE
+        same = state.is_file() and state.read_text(encoding="ascii", errors="replace") == identity
+        for left in list(self.path.iterdir()):
+            if not same or (scratch and left.name.startswith(scratch)):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not same:
+            replace_bytes(state, identity.encode("ascii"))
+        return same
+
     def finish(
         self,
         sensitivity: Sensitivity,
@@ -159,7 +177,10 @@ class StageFolder:
             # the digest of a private folder leaves in the ledger: unsalted, whoever has all patients but one could
             # test for that one
             values.setdefault("salt", secrets.token_hex(16))
-        parents = {name: read_manifest(folder).digest for name, folder in sorted(self._inputs.items())}
+        parents = self._parents()
+        (self.path / _STATE).unlink(missing_ok=True)
+        for left in self.path.rglob(SCRATCH):  # half written by a run that was killed
+            left.unlink()
         self.manifest = Manifest(
             stage=self._stage,
             sensitivity=sensitivity,
@@ -177,6 +198,9 @@ class StageFolder:
             check(self.path)
         os.replace(self.path, self.final)
         return self.manifest
+
+    def _parents(self) -> dict[str, str]:
+        return {name: read_manifest(folder).digest for name, folder in sorted(self._inputs.items())}
 
 
 @contextlib.contextmanager
@@ -225,6 +249,6 @@ def create(
 
 
 def _discard(folder: StageFolder, keep: bool) -> None:
-    empty = folder.path.is_dir() and not any(folder.path.iterdir())
+    empty = folder.path.is_dir() and not any(left.name != _STATE for left in folder.path.iterdir())
     if empty or not keep:
         shutil.rmtree(folder.path, ignore_errors=True)

@@ -17,6 +17,7 @@ from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import rank_and_size
 from medsynth.errors import StoreError
+from medsynth.files import replace_bytes
 from medsynth.privacy.audit.finding import Finding
 from medsynth.release import audits, keys
 from medsynth.site import signing_keys
@@ -238,9 +239,7 @@ def stored_study(run: Path) -> Path:
 
 def _keep_study(study: Study, run: Path) -> None:
     """Store the study in the run, so that its audits can be run again without the configuration at hand."""
-    scratch = run / f".{STUDY}.partial"
-    scratch.write_text(configuration.dump(study), encoding="utf-8")
-    scratch.replace(run / STUDY)
+    replace_bytes(run / STUDY, configuration.dump(study).encode())
 
 
 def _keep_resources(run: Path, verb: str, elapsed_s: float) -> None:
@@ -252,9 +251,7 @@ def _keep_resources(run: Path, verb: str, elapsed_s: float) -> None:
         "peak_memory_gib": round(peak_kib / 2**20, 2),
         "machine_memory_gib": round(_machine_memory() / 2**30, 2),
     }
-    scratch = run / f".{RESOURCES}.partial"
-    scratch.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    replace_bytes(path, (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def _machine_memory() -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from medsynth import logs
+from medsynth.files import replace_bytes
 
 _FORBIDDEN_IN_KEYS = re.compile(r"[^\w\-. /]")
 _MAX_VALUE_CHARACTERS = 500
@@ -235,9 +236,7 @@ def _parent_run(store: _Store, memory: Path, run_name: str) -> str | None:
             return run_id
     opened = store.open_run(run_name, None)
     if opened is not None:
-        scratch = memory.with_suffix(".partial")
-        scratch.write_text(opened + "\n", encoding="ascii")
-        scratch.replace(memory)
+        replace_bytes(memory, f"{opened}\n".encode("ascii"))
     return opened
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from medsynth.config import Compute
-from medsynth.devices import open_device, rank_and_size
+from medsynth.devices import open_device, rank_and_size, share_cores
 from medsynth.errors import ConfigError
 
 
@@ -55,3 +56,31 @@ def test_other_verbs_run_on_rank_0_alone(
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     assert bool(result.stdout + result.stderr) == (rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_give_their_core_away_unless_the_environment_says_otherwise(
+    given: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.environ", {**os.environ, **given})
+    share_cores()
+    assert str(os.environ.get("GOMP_SPINCOUNT")) == expected
+
+
+def test_the_command_line_says_so_before_torch_is_there(root: Path) -> None:
+    """libgomp reads its environment once, when it is loaded."""
+    code = (
+        "import os, sys\n"
+        "from medsynth.cli import verbs\n"
+        "verbs.app = lambda: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])\n"
+        "verbs.main()\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=root, env=clean, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "5000"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,37 @@ def test_a_stage_that_resumes_keeps_its_partial_folder(tmp_path: Path) -> None:
         (folder.path / "file").write_text("half")
         raise ValueError("stop")
     assert (store.partial(tmp_path / "one") / "file").exists() and not (tmp_path / "one").exists()
+
+
+def test_a_folder_is_gone_on_with_for_the_same_settings_and_inputs_alone(tmp_path: Path) -> None:
+    finished(tmp_path / "parent")
+
+    def begin(config_digest: str, scratch: str | None = None) -> tuple[bool, list[str]]:
+        """Open the folder, leave a file and a scratch folder, and be killed; return what was found at the start."""
+        inputs = {"parent": tmp_path / "parent"}
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            store.create(tmp_path / "one", "s", config_digest, inputs, keep_partial=True) as folder,
+        ):
+            found = folder.resume(scratch=scratch), sorted(path.name for path in folder.path.glob("[!u]*"))
+            (folder.path / "half").write_text("half")
+            (folder.path / ".pool").mkdir(exist_ok=True)
+            raise KeyboardInterrupt
+        return found
+
+    assert begin("1") == (False, [])
+    assert begin("1") == (True, [".pool", "half"])
+    assert begin("1", scratch=".pool") == (True, ["half"])
+    assert begin("2") == (False, [])
+    finished(tmp_path / "other")
+    shutil.rmtree(tmp_path / "parent")
+    with store.create(tmp_path / "parent", "another", "0" * 64) as folder:
+        folder.finish("public")
+    assert begin("2") == (False, []), "another parent"
+    with store.create(tmp_path / "one", "s", "2", {"parent": tmp_path / "parent"}, keep_partial=True) as folder:
+        assert folder.resume()
+        shutil.rmtree(folder.path / ".pool")
+        assert set(folder.finish("public").files) == {"half"}
 
 
 def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:

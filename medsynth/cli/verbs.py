@@ -13,6 +13,7 @@ from medsynth import accidents
 from medsynth.cli.budget import budget_app
 from medsynth.cli.keys import keys_app
 from medsynth.cli.options import Config, Override, Replace, Run, Source
+from medsynth.devices import share_cores
 from medsynth.errors import MedsynthError, UnexpectedError, VerificationError
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def _is_assistant() -> bool:
 def main() -> None:
     """Run the command line; an error prints one message and exits with its class's code, never a traceback."""
     accidents.protect_process()
+    share_cores()
     try:
         if _is_assistant() and sys.argv[1:2] not in (["run"], ["train"]):
             return

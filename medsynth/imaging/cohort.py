@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from medsynth.config import Grid
 from medsynth.errors import InputError, StoreError
+from medsynth.files import replace_bytes
 
 CASES_FILE = "cases.csv"
 CASE_COLUMNS = ("case_id", "patient_id", "split", "source", "records", "labelled", "content")
@@ -141,8 +141,8 @@ def write_pair(folder: Path, pair: Pair, grid: Grid) -> None:
     label = pair.label.astype(np.uint8)
     if grid.spatial_dims == 2:
         stored, label = np.expand_dims(stored, 2), label[..., None]
-    _write(folder / "images" / f"{pair.name}{_SUFFIX}", stored, grid)
-    _write(folder / "labels" / f"{pair.name}{_SUFFIX}", label, grid)
+    _write(folder / "images" / f"{pair.name}{_SUFFIX}", stored, grid, durable=True)
+    _write(folder / "labels" / f"{pair.name}{_SUFFIX}", label, grid, durable=True)
 
 
 def read_pairs(folder: Path) -> Iterator[Pair]:
@@ -190,14 +190,12 @@ def _affine(shape: tuple[int, ...], grid: Grid) -> np.ndarray:
     return affine
 
 
-def _write(path: Path, array: np.ndarray, grid: Grid) -> None:
+def _write(path: Path, array: np.ndarray, grid: Grid, *, durable: bool = False) -> None:
     nifti = nib.Nifti1Image(array, _affine(array.shape, grid))
     nifti.header.set_xyzt_units("mm")
     data = gzip.compress(nifti.to_bytes(), compresslevel=_COMPRESSION, mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    replace_bytes(path, data, durable=durable)
 
 
 def _read(path: Path) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medsynth import logs
+from medsynth.models.fitting import Recipe, fit
 from medsynth.models.mask_generator import ShapeSpace
 from medsynth.models.pose import Array
 
@@ -32,7 +33,6 @@ _PHANTOM_KNOTS, _PHANTOM_MOVES = 6, (0.0, 1.5)  # canonical voxels between knots
 _MEMBER_KNOTS, _MEMBER_MOVES = 5, (0.5, 1.5)
 _BATCH = 16
 _LEARNING_RATE = 4e-3
-_GRADIENT_BOUND = 1.0
 
 
 class ShapeReader(nn.Module):
@@ -144,22 +144,19 @@ def fit_reader(
         cohorts = _cohorts(space, shapes, random)
         reader = ShapeReader(space, cohorts.mean(0), float(cohorts.std(0).square().mean().sqrt()))
     clean = reader.compress(cohorts)
-    optimizer = torch.optim.Adam(reader.parameters(), lr=_LEARNING_RATE)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(steps, 2))
     low, high = np.log(noise_range)
-    for _ in logs.progress(range(steps), "learning to read mean shapes from phantoms", steps):
-        rows = torch.randint(0, len(clean), (_BATCH,), generator=random)
-        truth = _reflected(clean[rows], random)
-        noise_sd = torch.exp(low + (high - low) * torch.rand(_BATCH, generator=random))
-        noise = noise_sd.view(-1, *(1,) * (truth.ndim - 1)) * torch.randn(truth.shape, generator=random)
+
+    def loss_of(stream: torch.Generator) -> Tensor:
+        rows = torch.randint(0, len(clean), (_BATCH,), generator=stream)
+        truth = _reflected(clean[rows], stream)
+        noise_sd = torch.exp(low + (high - low) * torch.rand(_BATCH, generator=stream))
+        noise = noise_sd.view(-1, *(1,) * (truth.ndim - 1)) * torch.randn(truth.shape, generator=stream)
         error = reader.compress(reader(truth + noise, noise_sd)) - truth
-        loss = (error.square().flatten(1).sum(1) / reader.error_scale(noise_sd) ** 2).mean() / cohorts[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), _GRADIENT_BOUND)
-        optimizer.step()
-        rate.step()
-    logs.say("mean shapes are read by a network that phantoms taught", loss=round(float(loss.detach()), 3))
+        return (error.square().flatten(1).sum(1) / reader.error_scale(noise_sd) ** 2).mean() / cohorts[0].numel()
+
+    recipe, what = Recipe(steps, _LEARNING_RATE), "learning to read mean shapes from phantoms"
+    losses = fit(reader, loss_of, what, recipe, random, lambda _step, _loss: None)
+    logs.say("mean shapes are read by a network that phantoms taught", loss=round(losses[-1], 3))
     return reader.eval()
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock
 
 from medsynth.errors import PrivacyError, StoreError, VerificationError
-from medsynth.privacy.chain import Chain, Record, lock, sync_folder
+from medsynth.files import replace_bytes, sync_folder
+from medsynth.privacy.chain import Chain, Record, lock
 
 LINES = "account.jsonl"
 MEMBERS = "members"
@@ -153,11 +154,4 @@ def _now() -> str:
 
 def _write_private(path: Path, references: Set[str]) -> None:
     """Replace a members file; it is readable by its owner only."""
-    scratch = path.with_name(f".{path.name}.new")
-    handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write("\n".join(sorted(references)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    sync_folder(path.parent)
+    replace_bytes(path, ("\n".join(sorted(references)) + "\n").encode("ascii"), mode=0o600)

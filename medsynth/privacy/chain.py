@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from medsynth.errors import StoreError, VerificationError
+from medsynth.files import sync_folder
 
 GENESIS = "0" * 64
 Record = dict[str, Any]
@@ -182,15 +183,6 @@ def canonical(value: Any) -> bytes:
 def identity(body: Mapping[str, Any]) -> str:
     """Return the SHA-256 (hex) of a line without its ``id``."""
     return hashlib.sha256(canonical(body)).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_or_undo(handle: int, data: bytes) -> None:

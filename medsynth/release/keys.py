@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from medsynth.errors import CertificationError
+from medsynth.files import replace_bytes
 from medsynth.logs import say
 from medsynth.release import endorsements, signing
 from medsynth.release.marks import ENDORSEMENTS, PUBLIC_KEY
@@ -290,14 +291,7 @@ def _locked(folder: Path) -> FileLock:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Replace a file as a whole; with its mode from the start, a key is at no time readable by others."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.unlink(missing_ok=True)
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_bytes(path, content, mode=mode)
     except OSError as error:
         raise CertificationError(f"the folder of the signing keys cannot be written: {error.strerror}") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +50,6 @@ from medsynth.tracking import Tracker
 
 RESULT = "compare.json"
 _SCHEMA = "compare.schema.json"
-_STATE = "comparison.sha256"
 _SCRATCH = ".pools-"
 _QUICK = 4  # a quick comparison trains for a quarter of the steps
 SECTIONS = ("seed", "grid", "segment", "evaluate")
@@ -127,7 +125,7 @@ def run(sources: Sequence[Source], out: Path, tracker: Tracker, settings: Settin
     """
     parents, digest = parents_of(sources), digest_of(sources, settings)
     with store.create(out, "compare", digest, parents, keep_partial=True) as folder:
-        _open(folder.path, digest, parents)
+        folder.resume(scratch=_SCRATCH)  # a kill leaves pools of patients behind
         bench = _bench(sources, folder.path, settings)
         numbers = numbers_of(settings, len(bench.train))
         if left_out := [number for number in settings.numbers if number > len(bench.train)]:
@@ -141,7 +139,6 @@ def run(sources: Sequence[Source], out: Path, tracker: Tracker, settings: Settin
         comparison_page.draw(result, folder.path)
         comparison_page.write_page(result, folder.path)
         _track(result, folder.path, tracker)
-        (folder.path / _STATE).unlink()
         return folder.finish("internal", details={"runs": [one.label for one in sources], "quick": settings.quick})
 
 
@@ -158,17 +155,6 @@ def recipe(segment: Segment, settings: Settings) -> Segment:
 def read_result(folder: Path) -> Comparison:
     """Read ``compare.json`` of a finished comparison."""
     return Comparison.model_validate_json((folder / RESULT).read_text(encoding="utf-8"))
-
-
-def _open(folder: Path, digest: str, parents: Mapping[str, Path]) -> None:
-    """Find the interrupted comparison of the same things and go on with it, or begin with an empty folder."""
-    identity = store.digest_of({"digest": digest, **{k: store.read_manifest(p).digest for k, p in parents.items()}})
-    state = folder / _STATE
-    same = state.is_file() and state.read_text(encoding="ascii") == identity
-    for left in list(folder.iterdir()):
-        if not same or left.name.startswith(_SCRATCH):  # a kill leaves pools of patients behind
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    state.write_text(identity, encoding="ascii")
 
 
 def _bench(sources: Sequence[Source], folder: Path, settings: Settings) -> Bench:

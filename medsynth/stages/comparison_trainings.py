@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from medsynth import logs
 from medsynth.config import Grid, Segment
+from medsynth.files import replace_bytes
 from medsynth.imaging.cohort import Patient
 from medsynth.imaging.phantom import render
 from medsynth.metrics.overlap import patient_dice
@@ -265,10 +265,7 @@ def _write(folder: Path, found: Trained) -> None:
     """Write one small file in one step: it is there or not."""
     tables = {name: [[_json(x) for x in row] for row in getattr(found, name).tolist()] for name in MEASURES}
     values = {"loss": _json(found.loss), "elapsed_s": found.elapsed_s, **tables}
-    path = folder / f"{found.arm.name}-s{found.seed}.json"
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    replace_bytes(folder / f"{found.arm.name}-s{found.seed}.json", (json.dumps(values) + "\n").encode())
 
 
 def _read(folder: Path, arm: Arm, seed: int) -> Trained | None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HELD_OUT = 32  # phantoms that measure the reconstruction and never train it
 _LOG_EVERY = 25
+_WEIGHT_DECAY = 0.01
+_UNFINISHED = "training.pt"
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
@@ -44,14 +46,16 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     device = open_device(config.compute)
     encode, grid = config.encode, config.grid
     losses: list[float] = []
-    with store.create(out, "encode", config_digest(config, "encode")) as folder:
+    trains = encode.codec == "kl"
+    with store.create(out, "encode", config_digest(config, "encode"), keep_partial=trains) as folder:
         images, _ = phantom_pairs(grid, encode.phantoms.count + _HELD_OUT, derive_seed(encode.phantoms.seed, "encode"))
         phantoms = torch.from_numpy(images).to(device)
         train, held_out = phantoms[:-_HELD_OUT], phantoms[-_HELD_OUT:]
         torch.manual_seed(derive_seed(config.seed, "encode", "weights"))
         codec = build_codec(grid, encode).to(device)
-        if encode.codec == "kl":
-            losses = _train(codec, train, encode, config.seed, tracker)
+        if trains:
+            folder.resume()
+            losses = _train(codec, train, encode, config.seed, tracker, folder.path / _UNFINISHED)
         codec.eval().requires_grad_(False)
         codec.calibrate(train)
         quality = reconstruction(codec, held_out)
@@ -60,6 +64,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         (folder.path / "reconstruction.json").write_text(text, encoding="utf-8")
         tracker.metrics({f"phantom_{name}": value for name, value in quality.items()})
         logs.say("codec ready", codec=encode.codec, latent_channels=codec.channels, **quality)
+        (folder.path / _UNFINISHED).unlink(missing_ok=True)
         return folder.finish("public", details={"codec": encode.codec, "reconstruction": quality})
 
 
@@ -75,27 +80,25 @@ def reconstruction(codec: Codec, images: Tensor) -> dict[str, float]:
     return {"mae": float(error.abs().mean()), "psnr_db": 10 * math.log10(4 / mean_square)}
 
 
-def _train(codec: Codec, phantoms: Tensor, encode: Encode, seed: int, tracker: Tracker) -> list[float]:
+def _train(codec: Codec, phantoms: Tensor, encode: Encode, seed: int, tracker: Tracker, keep: Path) -> list[float]:
     """Train the codec in place and return its loss, one value every :data:`_LOG_EVERY` steps."""
     import torch
 
+    from medsynth.models.fitting import Recipe, fit
+
     generator = torch.Generator().manual_seed(derive_seed(seed, "encode", "batches"))
-    optimizer = torch.optim.AdamW(codec.transform.parameters(), lr=encode.learning_rate)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, encode.learning_rate, total_steps=encode.steps)
-    codec.train()
-    losses: list[float] = []
-    for step in logs.progress(range(encode.steps), "training the autoencoder on phantoms", encode.steps):
-        rows = torch.randint(0, len(phantoms), (encode.batch_size,), generator=generator)
-        loss = _loss(codec, phantoms[rows.to(phantoms.device)], encode.kl_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(codec.transform.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
+
+    def loss_of(stream: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(0, len(phantoms), (encode.batch_size,), generator=stream)
+        return _loss(codec, phantoms[rows.to(phantoms.device)], encode.kl_weight)
+
+    def report(step: int, loss: float) -> None:
         if step % _LOG_EVERY == 0:
-            losses.append(float(loss.detach()))
-            tracker.metrics({"autoencoder_loss": losses[-1]}, step=step)
-    return losses
+            tracker.metrics({"autoencoder_loss": loss}, step=step)
+
+    recipe = Recipe(encode.steps, encode.learning_rate, weight_decay=_WEIGHT_DECAY)
+    losses = fit(codec, loss_of, "training the autoencoder on phantoms", recipe, generator, report, keep=keep)
+    return losses[::_LOG_EVERY]
 
 
 def _loss(codec: Codec, batch: Tensor, kl_weight: float) -> torch.Tensor:

@@ -26,6 +26,7 @@ from medsynth.diffusion.fitting import open_ema
 from medsynth.diffusion.generator import Generator, build_generator
 from medsynth.diffusion.objective import Batch, noise_rows, row_loss
 from medsynth.errors import PrivacyError, StoreError
+from medsynth.files import replacing
 from medsynth.models.adapters import add_adapters, select_trainable
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.denoiser import Denoiser, Preconditioning
@@ -309,9 +310,8 @@ def _epsilon_curve(job: Job, mechanism: DpSgd, entry: str) -> dict[int, float]:
 
 def _keep(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:
     trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    scratch = job.folder / f"{_CHECKPOINT}.partial"
-    torch.save({"parameters": trainable, "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, scratch)
-    scratch.replace(job.folder / _CHECKPOINT)
+    with replacing(job.folder / _CHECKPOINT) as file:
+        torch.save({"parameters": trainable, "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, file)
 
 
 def _restore(job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from medsynth import store
+from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
+from medsynth.files import replace_bytes
 from medsynth.imaging.cohort import load_pairs, load_patients
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.segmenter import save_segmenter
@@ -30,10 +31,11 @@ POOLS: dict[str, tuple[str, ...]] = {
     "reconstructed": ("reconstructed",),
 }
 _POINTS = 100  # of a logged loss series
+_SCRATCH = ".pools-"  # a kill leaves pools of patients behind
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
-    """Train every regime and seed on the train patients and (or) the synthetic pairs.
+    """Train every regime and seed on the train patients and (or) the synthetic pairs; a killed run goes on.
 
     Args:
         config: uses ``seed``, ``grid``, ``segment`` and ``compute``.
@@ -47,17 +49,25 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     """
     more = ["autoencoder"] if "reconstructed" in config.segment.regimes else []
     folders = stage_inputs(inputs, "cohort", "synthetic", *more)
-    with store.create(out, "segment", config_digest(config, "segment"), folders) as folder:
-        with tempfile.TemporaryDirectory(dir=folder.path, prefix=".pools-") as scratch:
-            _write_pools(config, folders, Path(scratch))
+    with store.create(out, "segment", config_digest(config, "segment"), folders, keep_partial=True) as folder:
+        folder.resume(scratch=_SCRATCH)
+        with tempfile.TemporaryDirectory(dir=folder.path, prefix=_SCRATCH) as scratch:
             jobs = [
                 _job(config, regime, seed, Path(scratch), folder.path)
                 for regime in config.segment.regimes
                 for seed in config.segment.seeds
             ]
+            left = [job for job in jobs if not job.losses.is_file()]
+            if len(left) < len(jobs):
+                logs.say("going on with interrupted trainings", left=len(left), trainings=len(jobs))
+            if left:
+                _write_pools(config, folders, Path(scratch))
             device, workers = open_device(config.compute).type, config.compute.workers
-            done = {job.name: series for job, series in side_by_side(_train, jobs, device, workers, "segment")}
-            losses = {job.name: done[job.name] for job in jobs}
+            for _ in side_by_side(_train, left, device, workers, "segment"):
+                pass  # each has written its network
+        losses = {job.name: json.loads(job.losses.read_bytes()) for job in jobs}
+        for job in jobs:
+            job.losses.unlink()
         (folder.path / "training.json").write_text(json.dumps({"loss": losses}, indent=1) + "\n", encoding="utf-8")
         _report(losses, tracker)
         return folder.finish("internal", details={"networks": sorted(losses)})
@@ -73,6 +83,11 @@ class _Job:
     @property
     def name(self) -> str:
         return self.training.name
+
+    @property
+    def losses(self) -> Path:
+        """The file of its losses; it is there once the network is."""
+        return self.out / f".{self.name}.json"
 
 
 def _job(config: Study, regime: str, seed: int, pools: Path, out: Path) -> _Job:
@@ -106,11 +121,11 @@ def _write_pools(config: Study, folders: Mapping[str, Path], scratch: Path) -> N
         write_pool(scratch / "synthetic.safetensors", images, labels, torch.ones(len(images), dtype=torch.int64))
 
 
-def _train(job: _Job, device: str) -> list[float]:
-    """Train one network, write its weights, and return its loss at each step."""
+def _train(job: _Job, device: str) -> None:
+    """Train one network and write its weights and, after them, its loss at each step."""
     model, losses = train_segmenter(job.training, torch.device(device))
     save_segmenter(model, job.out / f"{job.name}.safetensors")
-    return losses
+    replace_bytes(job.losses, json.dumps(losses).encode())
 
 
 def _report(losses: Mapping[str, list[float]], tracker: Tracker) -> None:

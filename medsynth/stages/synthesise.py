@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from medsynth.imaging.cohort import Pair
 
 PLAN = "pairs.csv"
-_STATE = "plan.sha256"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     device = open_device(config.compute)
     with store.create(out, "synthesise", digest, parents, keep_partial=True) as folder:
         rows = plan(config)
-        _open_plan(folder.path, rows, digest, parents)
+        if folder.resume():
+            logs.say("going on with an interrupted rendering")
+        _write_plan(folder.path / PLAN, rows)
         source = load_masks(parents["masks"]).ask(config.synthesise, [row.mask_seed for row in rows])
         built = load_generator(parents["generator"], parents["autoencoder"]).to(device)
         size = config.synthesise.batch_size
@@ -74,7 +75,6 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
                 continue
             for pair in render(batch, built, source, config.grid, config.synthesise, device):
                 write_pair(folder.path, pair, config.grid)
-        (folder.path / _STATE).unlink()
         tracker.metrics({"pairs": float(len(rows))})
         return folder.finish(_sensitivity(parents), details={"pairs": len(rows), **_asked(source)})
 
@@ -157,21 +157,11 @@ def release_window(label: np.ndarray, grid: Grid) -> tuple[slice, ...]:
     return tuple(window)
 
 
-def _open_plan(folder: Path, rows: Sequence[Row], digest: str, parents: Mapping[str, Path]) -> None:
-    """Write the plan, or find the interrupted rendering of the same plan and go on with it."""
-    identity = store.digest_of({"digest": digest, **{k: store.read_manifest(p).digest for k, p in parents.items()}})
-    state = folder / _STATE
-    if state.is_file() and state.read_text(encoding="ascii") == identity:
-        logs.say("going on with an interrupted rendering")
-        return
-    for left in folder.rglob("*"):
-        if left.is_file():
-            left.unlink()
-    with (folder / PLAN).open("w", newline="", encoding="utf-8") as handle:
+def _write_plan(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    state.write_text(identity, encoding="ascii")
 
 
 def _asked(source: MaskGenerator) -> dict[str, dict[str, float]]:

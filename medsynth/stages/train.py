@@ -11,19 +11,21 @@ import hashlib
 import io
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import open_device
-from medsynth.diffusion.fitting import Draw, Report, fit
+from medsynth.diffusion.fitting import Draw, fit
 from medsynth.diffusion.generator import (
     APPEARANCE,
     WEIGHTS,
@@ -32,8 +34,10 @@ from medsynth.diffusion.generator import (
     load_dresser,
     save_generator,
 )
+from medsynth.files import replace_bytes
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.drafting import Drafting, open_drafting
+from medsynth.models.fitting import Report
 from medsynth.randomness import generator
 from medsynth.stages import private_training
 from medsynth.stages.appearance_sums import plan_sums
@@ -112,8 +116,6 @@ def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
         # A private run that was killed after this line finds the same weights again, and the reservation complete.
         if not any(e["id"] == entry and e["outputs"] == outputs for e in job.ledger.entries()):
             job.ledger.complete(entry, outputs)
-    for path in job.folder.glob("*.partial"):  # what a kill left half written
-        path.unlink()
     for name in (_PRETRAINED, _UNFINISHED_PUBLIC, _UNFINISHED_OPEN, *private_training.SCRATCH, STATE):
         (job.folder / name).unlink(missing_ok=True)
     return tuple(state["entries"].values())
@@ -134,10 +136,9 @@ def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
     report = _reporter(job, "pretrain_loss")
     unfinished = job.folder / _UNFINISHED_PUBLIC
     steps, rate = settings.pretrain_steps, settings.pretrain_learning_rate
-    fit(built.denoiser, draw, "pre-training on phantoms", steps, rate, settings, stream, report, unfinished)
-    scratch = kept.with_suffix(".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in built.denoiser.state_dict().items()}, scratch)
-    scratch.replace(kept)
+    losses = fit(built.denoiser, draw, "pre-training on phantoms", steps, rate, settings, stream, report, unfinished)
+    job.record("pretrain_loss", losses)
+    replace_bytes(kept, save({k: v.detach().cpu().contiguous() for k, v in built.denoiser.state_dict().items()}))
 
 
 def _dresser(job: Job, state: dict[str, Any]) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
@@ -202,16 +203,12 @@ def _draw_from(latents: Tensor, masks: Tensor, size: int, device: torch.device) 
 
 
 def _reporter(job: Job, name: str) -> Report:
-    recent: list[float] = []
-    series: list[float] = job.recorded(name)  # of a run that was killed
+    recent: deque[float] = deque(maxlen=LOG_EVERY)
 
     def report(step: int, loss: float) -> None:
         recent.append(loss)
         if (step + 1) % LOG_EVERY == 0:
-            del series[step // LOG_EVERY :]
-            series.append(float(np.mean(recent[-LOG_EVERY:])))
-            job.tracker.metrics({name: series[-1]}, step=step + 1)
-            job.record(name, series)
+            job.tracker.metrics({name: fmean(recent)}, step=step + 1)
 
     return report
 
@@ -233,4 +230,5 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     stream = torch.Generator().manual_seed(job.seed("batches"))
     report, unfinished = _reporter(job, "loss"), job.folder / _UNFINISHED_OPEN
     steps, rate = settings.steps, settings.learning_rate
-    fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)
+    losses = fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)
+    job.record("loss", losses)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from medsynth import store
 from medsynth.config import Study
+from medsynth.files import replace_bytes
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import HISTORY, open_ledger
 from medsynth.tracking import Tracker
@@ -95,25 +97,17 @@ class Job:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep what an interrupted run has to know when it goes on."""
-        scratch = self.folder / f"{STATE}.partial"
-        scratch.write_text(json.dumps(state), encoding="utf-8")
-        scratch.replace(self.folder / STATE)
+        replace_bytes(self.folder / STATE, json.dumps(state).encode())
 
-    def record(self, name: str, values: Sequence[float]) -> None:
-        """Keep a series in the folder for whoever asks later what limited the training."""
+    def record(self, name: str, losses: Sequence[float]) -> None:
+        """Keep the means of every :data:`LOG_EVERY` losses in the folder, for whoever asks later what limited it."""
+        rows = len(losses) // LOG_EVERY
+        if not rows:
+            return
         path = self.folder / HISTORY
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps({**self._history(), name: list(values)}) + "\n", encoding="utf-8")
-        scratch.replace(path)
-
-    def recorded(self, name: str) -> list[float]:
-        """Return what :meth:`record` kept of a series; nothing of one that it never did."""
-        return self._history().get(name, [])
-
-    def _history(self) -> dict[str, list[float]]:
-        path = self.folder / HISTORY
-        found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kept[name] = np.reshape(losses[: rows * LOG_EVERY], (rows, LOG_EVERY)).mean(axis=1).tolist()
+        replace_bytes(path, (json.dumps(kept) + "\n").encode())
 
     def patients(self) -> list[Patient]:
         """Read the patients that train."""

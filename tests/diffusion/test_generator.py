@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from medsynth.config import Study, Synthesise
-from medsynth.diffusion import fitting
 from medsynth.diffusion.fitting import fit
 from medsynth.diffusion.generator import APPEARANCE, Dresser, Generator, build_generator, load_generator, save_generator
 from medsynth.errors import StoreError
 from medsynth.imaging.phantom import phantom_pairs
+from medsynth.models import fitting
 from medsynth.models.adapters import add_adapters
 from medsynth.models.autoencoder import build_codec, save_codec
 from medsynth.models.drafting import open_drafting

@@ -190,7 +190,7 @@ def test_what_was_begun_for_other_settings_is_not_gone_on_with(
     half = store.partial(tmp_path / "compare")
     (half / "trainings").mkdir(parents=True)
     (half / "trainings" / "real_only-n4-s0.json").write_text("{}")
-    (half / "comparison.sha256").write_text("0" * 64)
+    (half / "unfinished.sha256").write_text("0" * 64)
     monkeypatch.setattr(comparison_trainings, "_measure", stop)
     with pytest.raises(MedsynthError, match="real_only-n4-s0"):
         comparison.run(_sources(*runs), tmp_path / "compare", Tracker(), SETTINGS)

@@ -115,3 +115,41 @@ def test_a_failure_leaves_no_folder(tiny_study: Study, tmp_path: Path, monkeypat
     with pytest.raises(ZeroDivisionError):
         encode.run(tiny_study, {}, tmp_path / "autoencoder", Tracker())
     assert list(tmp_path.iterdir()) == [] and not store.is_done(tmp_path / "autoencoder")
+
+
+def test_a_killed_training_of_the_autoencoder_goes_on_to_the_same_weights(
+    tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the second of its steps; another configuration does not go on from there."""
+    study, loss, taken = kl(tiny_study), encode._loss, []
+    study = study.model_copy(update={"encode": study.encode.model_copy(update={"steps": 5})})
+    monkeypatch.setattr("medsynth.models.fitting._KEEP_EVERY_S", 0.0)
+
+    def killed_after(steps: int) -> Callable[..., torch.Tensor]:
+        def counted(*arguments: Any) -> torch.Tensor:
+            if len(taken) == steps:
+                raise KeyboardInterrupt
+            taken.append(1)
+            return loss(*arguments)
+
+        return counted
+
+    def weights(name: str, study: Study) -> dict[str, torch.Tensor]:
+        encode.run(study, {}, tmp_path / name, Tracker())
+        assert not list((tmp_path / name).glob("*.pt")) and not list((tmp_path / name).glob(".*"))
+        return load_file(tmp_path / name / WEIGHTS)
+
+    whole, steps = weights("whole", study), study.encode.steps
+    for name in ("killed", "changed"):
+        taken.clear()
+        monkeypatch.setattr(encode, "_loss", killed_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            encode.run(study, {}, tmp_path / name, Tracker())
+        monkeypatch.setattr(encode, "_loss", killed_after(-1))
+        taken.clear()
+        other = study.encode.model_copy(update={"kl_weight": 2 * study.encode.kl_weight})
+        found = weights(name, study if name == "killed" else study.model_copy(update={"encode": other}))
+        assert len(taken) == (steps - 2 if name == "killed" else steps)
+        assert all(torch.equal(whole[key], found[key]) for key in whole) == (name == "killed")
+    one, other_run = (json.loads((tmp_path / name / "reconstruction.json").read_text()) for name in ("whole", "killed"))
+    assert one == other_run

@@ -157,6 +157,34 @@ def test_a_failed_training_names_regime_and_seed(tmp_path: Path, monkeypatch: py
         segment.run(small, inputs, tmp_path / "segmenter", Tracker())
 
 
+def test_networks_that_a_killed_run_trained_are_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = study(2)
+    inputs, names = folders(tiny, tmp_path), []
+    train = segment.train_segmenter
+
+    def killed(training: Any, device: torch.device) -> Any:
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        names.append(training.name)
+        return train(training, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "train_segmenter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment.run(tiny, inputs, tmp_path / "killed", Tracker())
+    half = store.partial(tmp_path / "killed")
+    assert not list(half.glob(".pools-*")), "no patient stays behind"
+    (half / ".pools-left").mkdir()
+    (half / ".pools-left" / "real.safetensors").write_bytes(b"patients")
+    monkeypatch.setattr(segment, "train_segmenter", lambda *a: names.append(a[0].name) or train(*a))
+    manifest = segment.run(tiny, inputs, tmp_path / "killed", Tracker())
+    assert names == ["real_only-0", "synthetic_only-0", "mixed-0"]
+    assert manifest.files == segment.run(tiny, inputs, tmp_path / "whole", Tracker()).files
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_augmentation_keeps_images_and_labels_together(rank: int) -> None:
     labels = torch.zeros(8, *[24] * rank, dtype=torch.uint8)

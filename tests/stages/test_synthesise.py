@@ -129,8 +129,7 @@ def test_half_a_pair_is_rendered_again(
 ) -> None:
     whole = synthesise.run(study, inputs, tmp_path / "whole", Tracker())
     with monkeypatch.context() as patch:
-        patch.setattr(store.StageFolder, "finish", lambda *_, **__: pytest.fail("killed"))
-        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(store.StageFolder, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             synthesise.run(study, inputs, tmp_path / "killed", Tracker())
     labels = store.partial(tmp_path / "killed") / "labels"
@@ -142,7 +141,7 @@ def test_what_another_plan_left_is_thrown_away(study: Study, inputs: dict[str, P
     partial = store.partial(tmp_path / "synthetic")
     (partial / "images").mkdir(parents=True)
     (partial / "images" / "synthetic_00001.nii.gz").write_bytes(gzip.compress(b"another study's"))
-    (partial / "plan.sha256").write_text("0" * 64)
+    (partial / "unfinished.sha256").write_text("0" * 64)
     manifest = synthesise.run(study, inputs, tmp_path / "synthetic", Tracker())
     assert manifest.files == synthesise.run(study, inputs, tmp_path / "again", Tracker()).files
 
