@@ -91,6 +91,11 @@ def _run(sources: Sequence[Source], out: Path, settings: Settings) -> None:
         tracker.params({**config.flatten(study), "compare": str(asdict(settings))})
         for name, parent in comparison.parents_of(sources).items():
             tracker.dataset(name, store.read_manifest(parent).digest, "input")
+        tracker.describe(
+            f"{study.name}: the same segmentation model on real patients, on synthetic pairs and on both, a child run "
+            "each; `compare.json` and the page `compare.html` lie in the folder of the comparison. Dice on held-out "
+            "patients is **internal**."
+        )
         comparison.run(sources, out / FOLDER, tracker, settings)
 
 

@@ -78,11 +78,30 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
     _keep_study(study, run)
     with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
         tracker.params(configuration.flatten(study))
+        tracker.describe(_description(study))
         for stage in STAGES:
             run_stage(study, stage, source, run, tracker, replace=replace)
             if stage.verb == ASSISTED:
                 _dismiss_ranks()
         tracker.metrics(_headline(run))
+
+
+def _description(study: Study) -> str:
+    """Return what the page of a run in MLflow says of it."""
+    privacy = study.privacy
+    promise = (
+        f"At most epsilon {privacy.epsilon:g} at delta {privacy.delta:g} a patient, for "
+        f"{privacy.declared_patients} declared patients."
+        if privacy.private
+        else "**WITHOUT privacy**: nothing of it can be certified."
+    )
+    return (
+        f"{study.description or study.name}. {promise}\n\n"
+        "The metrics are those of the whole run: Dice on held-out patients by what the segmentation model was trained "
+        "on, the Dice of one constant mean shape (floor), the skill (0: that floor, 1: real patients), how well images "
+        "obey their label maps, and epsilon. Each stage is a child run; `evaluate` has the "
+        "figures, `audit` the ROC curve. All of it was computed on patients and is **internal**."
+    )
 
 
 def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace: bool = False) -> None:
@@ -221,7 +240,9 @@ def _headline(run: Path) -> dict[str, float]:
         return {}
     report = json.loads(path.read_text(encoding="utf-8"))
     values = {f"dice/{name}": found["mean"] for name, found in report["dice"].items()}
+    values |= {f"skill/{name}": found["skill"] for name, found in report["dice"].items() if name != "real_only"}
     values |= {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
+    values |= {"agreement": report["agreement"]["mean"]} if report["agreement"] else {}
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 

@@ -54,6 +54,9 @@ class Tracker:
     def params(self, values: Mapping[str, str]) -> None:
         """Log settings by dotted name; one that is set already keeps its first value."""
 
+    def describe(self, text: str) -> None:
+        """Say in words (Markdown) what the run is; nothing of a patient."""
+
     def figure(self, path: Path, name: str) -> None:
         """Log a picture or page made of synthetic or aggregate values, never of real pixels.
 
@@ -145,6 +148,9 @@ class _MlflowTracker(Tracker):
         batch = [Param(_key(k), str(v)[:_MAX_VALUE_CHARACTERS]) for k, v in values.items() if _key(k) not in known]
         for part in _parts(batch):
             self._store.attempt(partial(self._store.client.log_batch, self._run_id, params=part))
+
+    def describe(self, text: str) -> None:
+        self._store.attempt(lambda: self._store.client.set_tag(self._run_id, "mlflow.note.content", text))
 
     def figure(self, path: Path, name: str) -> None:
         target = Path(name if Path(name).suffix else name + path.suffix)

@@ -238,3 +238,23 @@ def test_a_cohort_without_references_is_ingested_again(tiny_study: Study, tmp_pa
     (tmp_path / "run" / "cohort" / REFERENCES_FILE).unlink()
     with pytest.raises(StoreError, match="run ingest again"):
         study.run_verb(tiny_study, "masks", None, tmp_path / "run")
+
+
+@pytest.mark.parametrize("epsilon", [8.0, "inf"])
+def test_the_page_of_a_run_in_mlflow_says_what_it_promises(tiny_settings: dict[str, Any], epsilon: float | str) -> None:
+    name = {"name": "tiny-nonprivate"} if epsilon == "inf" else {}
+    text = study._description(changed({**tiny_settings, **name}, "privacy", epsilon=epsilon))
+    assert ("At most epsilon 8" in text) == (epsilon == 8) and ("WITHOUT privacy" in text) == (epsilon == "inf")
+
+
+def test_studies_can_be_sorted_by_skill_and_agreement(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    dice = {"real_only": {"mean": 0.9, "skill": 1.0}, "synthetic_only": {"mean": 0.8, "skill": 0.5}}
+    report = {"dice": dice, "floor": {"mean": 0.7}, "agreement": {"mean": 0.85}, "epsilon": 7.9}
+    for agreement in (report["agreement"], None):
+        (tmp_path / "report" / "report.json").write_text(json.dumps({**report, "agreement": agreement}))
+        found = study._headline(tmp_path)
+        assert (
+            found["skill/synthetic_only"] == 0.5 and found["dice/real_only"] == 0.9 and "skill/real_only" not in found
+        )
+        assert found.get("agreement") == (0.85 if agreement else None)

@@ -46,6 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
         with open_tracker(None, "medsynth", folder, "demo") as tracker:
             tracker.params({"train.steps": "5", "grid.labels.1": "a" * 9000})
             tracker.params({"train.steps": "6"})
+            tracker.describe("What it is")
             with tracker.stage("train") as stage:
                 for step in range(3):
                     stage.metrics({"loss": 1.0 / (step + 1), "Dice: left (%)": 0.5, "epsilon": float("inf")}, step)
@@ -83,6 +84,7 @@ def test_values_arrive_and_what_is_not_finite_is_left_out(written: Written) -> N
     assert _rows(written, "select count(*) from metrics where key like 'Dice%'") == [(3,)]
     assert _rows(written, "select value from params where key='train.steps'") == [("5",)]
     assert _rows(written, "select name, digest from datasets") == [("cohort", ("ab" * 32)[:36])]
+    assert _rows(written, "select value from tags where key='mlflow.note.content'") == [("What it is",)]
     assert [p.name for p in (written.folder / "mlflow" / "artifacts").rglob("*.png")] == ["dice.png"]
 
 

@@ -159,7 +159,10 @@ def _measure(config: Study, data: _Data, folders: Mapping[str, Path], ledger: Pa
             "held_out_median": float(np.median(near.held_out)),
         },
         "fidelity": _fidelity(config, data),
-        "label_maps": compare(crowds["real"], crowds["synthetic"], crowds["train"], _names(config)),
+        "label_maps": {
+            **compare(crowds["real"], crowds["synthetic"], crowds["train"], _names(config)),
+            "titles": _measure_titles(config),
+        },
         "reconstruction": codec_quality(data.test, folders["autoencoder"], _real_networks(data), config.grid.classes),
     }
     losses = json.loads((folders["segmenter"] / "training.json").read_text(encoding="utf-8"))["loss"]
@@ -269,9 +272,8 @@ def _draw(config: Study, data: _Data, report: Mapping[str, Any], series: _Series
     figures.losses(series.losses, folder / "losses.png")
 
 
-def _drawn_measures(
-    config: Study, crowds: Mapping[str, Anatomy]
-) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+def _measure_titles(config: Study) -> dict[str, str]:
+    """Return what a person calls the measures of a label, with their units."""
     flat = config.grid.spatial_dims == 2
     units = ("pixels", "pixels") if config.grid.spacing_mm is None else (("mm²", "mm") if flat else ("mm³", "mm²"))
     titles = {
@@ -282,10 +284,16 @@ def _drawn_measures(
     }
     if config.grid.classes == 2:
         titles.pop("touching")
+    return titles
+
+
+def _drawn_measures(
+    config: Study, crowds: Mapping[str, Anatomy]
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     return {
         name: {
             title: (crowds["real"].measures[kind][:, index], crowds["synthetic"].measures[kind][:, index])
-            for kind, title in titles.items()
+            for kind, title in _measure_titles(config).items()
         }
         for index, name in enumerate(_names(config))
     }

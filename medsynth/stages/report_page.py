@@ -241,7 +241,8 @@ def _others(report: Mapping[str, Any]) -> str:
     for name, label in report["label_maps"]["labels"].items():
         sizes = label["measures"]["volume"]
         drawn, real = (number(sizes.get(crowd, {}).get("p50"), 0) for crowd in ("synthetic", "real"))
-        rows.append([f"Median size of {escape(name)}", drawn, f"{real} in held-out patients"])
+        title = report["label_maps"]["titles"]["volume"]
+        rows.append([f"Median {escape(title)} of {escape(name)}", drawn, f"{real} in held-out patients"])
     return table(["measurement", "synthetic", "yardstick"], rows)
 
 
@@ -250,8 +251,13 @@ def _audits(findings: list[Mapping[str, Any]]) -> str:
         return ""
     rows = [_audit_row(finding) for finding in findings]
     head = ["audit", "measured", "interval", "allowed", "positive control", "verdict"]
-    sentences = dict.fromkeys((str(finding["audit"]), str(finding["shows"])) for finding in findings)
-    items = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in sentences)
+    subjects: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        subjects.setdefault((str(finding["audit"]), str(finding["shows"])), []).append(str(finding["subject"]))
+    items = "".join(
+        f"<li><b>{escape(name)}</b> of {escape(', '.join(of))}: {escape(text)}</li>"
+        for (name, text), of in subjects.items()
+    )
     return (
         "<h2>Audits</h2><p>They try to make the claim false; none of them can prove it. Each ran beside a positive "
         "control, broken or leaky on purpose, that had to turn red.</p>"

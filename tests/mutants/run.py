@@ -114,7 +114,9 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None, result: Path) -> None
     recorder = Recorder()
     if mutant is not None:
         take_out(mutant)
-    code = int(pytest.main([*_OPTIONS, f"--rootdir={TESTS.parent}", *nodes_of(tests)], plugins=[recorder]))
+    # a folder of its own: every pytest process takes older ones away, also those of a run beside it
+    places = [f"--rootdir={TESTS.parent}", f"--basetemp={result.with_suffix('')}"]
+    code = int(pytest.main([*_OPTIONS, *places, *nodes_of(tests)], plugins=[recorder]))
     result.write_text(json.dumps({"code": code, "passed": recorder.passed, "failed": recorder.failed}))
 
 

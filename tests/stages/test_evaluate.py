@@ -81,6 +81,7 @@ def test_label_maps_and_codec_are_measured_beside_real_ones(finished: tuple[Path
 
 def test_the_page_is_self_contained_and_names_no_patient(finished: tuple[Path, Recorder, Study]) -> None:
     page = (finished[0] / "report.html").read_text()
+    assert any(f"Median {size} of organ" in page for size in ("area (mm²)", "volume (mm³)"))
     assert "INTERNAL" in page and page.count("data:image/png;base64,") == 5
     for text in [page, (finished[0] / "report.json").read_text()]:
         assert "http" not in text and "patient-" not in text and "case-" not in text and str(finished[0]) not in text
@@ -124,6 +125,14 @@ def test_a_dice_at_the_floor_is_called_what_it_is() -> None:
     text = " ".join(report_page.reading(report))
     assert "next to nothing was learnt" in text and "do not obey" in text and "look at the pictures" in text
     assert "25% of the synthetic label maps" in text and "80%" in text
+
+
+def test_what_an_audit_shows_is_said_once_for_all_that_it_looked_at() -> None:
+    finding = {"audit": "replay", "shows": "One thing.", "subject": "masks", "measures": "a change", "detail": ""}
+    finding |= {"value": 1.0, "low": 1.0, "high": 1.0, "allowed": 1.0, "controls": [], "verdict": "pass"}
+    page = report_page._audits([finding, {**finding, "subject": "denoiser"}, {**finding, "shows": "Another."}])
+    assert "<li><b>replay</b> of masks, denoiser: One thing.</li>" in page
+    assert "<li><b>replay</b> of masks: Another.</li>" in page
 
 
 def test_numbers_that_json_cannot_hold_are_translated() -> None:
