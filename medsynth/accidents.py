@@ -11,10 +11,12 @@ import logging
 import os
 import resource
 import secrets
+import signal
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from medsynth.errors import MedsynthError, UnexpectedError
 
@@ -31,6 +33,24 @@ def protect_process() -> None:
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     logging.getLogger().addHandler(logging.NullHandler())
+
+
+class Stopped(SystemExit):
+    """The machine asks the process to end: a time limit, an eviction, a shutdown. Its code is 128 and the signal."""
+
+
+def stop_when_asked() -> None:
+    """Raise :class:`Stopped` wherever the process is when SIGTERM arrives.
+
+    So what patients left in temporary folders is removed and MLflow hears of it. Without a handler the first process
+    of a container does not hear the signal at all, and is killed when the patience of the cluster ends.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would stop the cleaning up
+        raise Stopped(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medsynth.errors import ConfigError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Rounds that a thread of OpenMP spins before it sleeps; libgomp's own 300,000 are some milliseconds.
 _SPINS = "5000"
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def share_cores() -> None:
@@ -42,11 +44,26 @@ def rank_and_size() -> tuple[int, int]:
         ) from None
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use at a time: by its affinity and its container's quota (cgroup v2).
+
+    torch knows of affinity only: in a container it would start a thread a core of the machine, which then wait for
+    each other's share of the quota.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return cores
+
+
 def open_device(compute: Compute) -> torch.device:
     """Return the device of ``compute`` and set the number of CPU threads.
 
-    Processes that share a machine under ``torchrun`` take one thread each, unless ``compute.threads`` or
-    ``OMP_NUM_THREADS`` says otherwise, and one GPU each where there are several.
+    Unless ``compute.threads`` or ``OMP_NUM_THREADS`` says otherwise, processes that share a machine under ``torchrun``
+    take one thread each, and a process alone no more than the cores that it may use. One GPU each where there are
+    several.
 
     Raises:
         ConfigError: a GPU was asked for and there is none.
@@ -54,8 +71,11 @@ def open_device(compute: Compute) -> torch.device:
     import torch
 
     several = rank_and_size()[1] > 1
-    if compute.threads or (several and "OMP_NUM_THREADS" not in os.environ):
-        torch.set_num_threads(compute.threads or 1)
+    threads = compute.threads
+    if not threads and "OMP_NUM_THREADS" not in os.environ:
+        threads = 1 if several else min(usable_cores(), torch.get_num_threads())
+    if threads:
+        torch.set_num_threads(threads)
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("compute.device is cuda, but torch finds no GPU: set it to auto or cpu")
     use_gpu = compute.device == "cuda" or (compute.device == "auto" and torch.cuda.is_available())

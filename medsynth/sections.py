@@ -378,7 +378,7 @@ class Compute(Section):
     """What only costs time; no privacy knob lives here."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="0: one a core")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="0: one a core that the process may use")
     workers: Count = Field(2, description="processes side by side where a stage can use them")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import stat
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ SECRET = "/cohort/DOE^JANE.dcm"
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     mask, limit, handlers = os.umask(0o022), resource.getrlimit(resource.RLIMIT_CORE), logging.getLogger().handlers[:]
+    asked = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, asked)
     os.umask(mask)
     resource.setrlimit(resource.RLIMIT_CORE, limit)
     logging.getLogger().handlers[:] = handlers
@@ -89,3 +92,33 @@ def test_a_protected_process_writes_for_its_owner_and_dumps_no_core(tmp_path: Pa
     assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
     logging.getLogger("pydicom").warning("invalid value %s", SECRET)
     assert "DOE" not in "".join(capsys.readouterr())
+
+
+def test_a_process_that_is_asked_to_end_clears_up_and_says_that_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Exit code 143; blocks that remove what patients left are run, and a second signal does not stop them."""
+    left = tmp_path / "patients"
+
+    def work() -> None:
+        left.write_text("voxels")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("nobody heard it")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            left.unlink()
+
+    monkeypatch.setattr(verbs, "app", work)
+    assert command(monkeypatch, "run") == 128 + signal.SIGTERM
+    assert not left.exists() and "goes on" in capsys.readouterr().err
+
+
+def test_processes_of_torchrun_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may wait for each other in a call that no exception ends."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(verbs, "app", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["medsynth", "run"])
+    verbs.main()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from medsynth import devices
 from medsynth.config import Compute
 from medsynth.devices import open_device, rank_and_size, share_cores
 from medsynth.errors import ConfigError
@@ -44,6 +45,30 @@ def test_processes_that_share_a_machine_take_one_thread_each(monkeypatch: pytest
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     open_device(Compute(device="cpu"))
     assert taken == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("400000 100000", 4), ("50000 100000", 1), ("9900000 100000", 16), ("max 100000", 16), ("", 16)],
+)
+def test_threads_are_no_more_than_a_containers_quota(
+    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    taken: list[int] = []
+    monkeypatch.setattr(devices, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert devices.usable_cores() == expected
+    open_device(Compute(device="cpu"))
+    open_device(Compute(device="cpu", threads=14))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    open_device(Compute(device="cpu"))
+    assert taken == [min(expected, 12), 14]
 
 
 @pytest.mark.parametrize(("rank", "code"), [("1", 0), ("0", 8)])

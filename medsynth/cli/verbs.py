@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ from medsynth import accidents
 from medsynth.cli.budget import budget_app
 from medsynth.cli.keys import keys_app
 from medsynth.cli.options import Config, Override, Replace, Run, Source
-from medsynth.devices import share_cores
+from medsynth.devices import rank_and_size, share_cores
 from medsynth.errors import MedsynthError, UnexpectedError, VerificationError
 
 if TYPE_CHECKING:
@@ -234,10 +233,6 @@ def _assists(study: Study, out: Path) -> bool:
 
 def _is_assistant() -> bool:
     """Whether ``torchrun`` started this process beside the one that carries the command out."""
-    if "WORLD_SIZE" not in os.environ:  # do not load more than --help needs
-        return False
-    from medsynth.devices import rank_and_size
-
     return rank_and_size()[0] > 0
 
 
@@ -248,7 +243,12 @@ def main() -> None:
     try:
         if _is_assistant() and sys.argv[1:2] not in (["run"], ["train"]):
             return
+        if rank_and_size()[1] == 1:  # others may be asked while they wait for each other, which no exception ends
+            accidents.stop_when_asked()
         app()
+    except accidents.Stopped as stopped:
+        print("medsynth: stopped by a signal: finished stages stay, the same command goes on", file=sys.stderr)
+        sys.exit(stopped.code)
     except MedsynthError as error:
         print(f"medsynth: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -110,6 +110,10 @@ def side_by_side(
             raise MedsynthError(
                 f"a worker of stage '{what}' was killed, most likely for memory: lower compute.workers"
             ) from None
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            for worker in multiprocessing.active_children():  # it would train to its end first
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

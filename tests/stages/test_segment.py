@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +188,35 @@ def test_networks_that_a_killed_run_trained_are_not_trained_again(
     assert names == ["real_only-0", "synthetic_only-0", "mixed-0"]
     assert manifest.files == segment.run(tiny, inputs, tmp_path / "whole", Tracker()).files
     assert not list((tmp_path / "killed").glob(".*"))
+
+
+def test_workers_do_not_outlive_a_run_that_is_asked_to_end(root: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from medsynth import accidents\n"
+        "from medsynth.stages.segmenter_training import side_by_side\n"
+        "class Job:\n"
+        "    name = 'long'\n"
+        "def work(job, device):\n"
+        "    open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    accidents.stop_when_asked()\n"
+        "    list(side_by_side(work, [Job(), Job(), Job()], 'cpu', 2, 'segment'))\n"
+    )
+    script, started = tmp_path / "script.py", tmp_path / "started"
+    script.write_text(code)
+    started.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(started)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    until = time.monotonic() + 120
+    while len(list(started.iterdir())) < 2 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    workers = [Path("/proc") / path.name for path in started.iterdir()]
+    assert len(workers) == 2 and not any(worker.exists() for worker in workers)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
