@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ _REAL, _SYNTHETIC, _GREY = COLOURS["real_only"], COLOURS["synthetic_only"], "#8a
 _CONTOURS = ("#ffd166", "#4cc9f0", "#f72585", "#80ed99", "#ff9f1c", "#b892ff")
 _DPI = 110
 _BINS = 24  # of a histogram; fewer whole numbers get a bin each
+Side = Literal["left", "right", "none"]
 _CURVES = (_SYNTHETIC, "#7b5ea7", "#2a9d8f")
 _LINES = ("#b08900", "#5c677d")
 _RUNS = ("#d1603d", "#7b5ea7", "#6a994e", "#b08900", "#c2417f", "#5c677d")
@@ -226,7 +227,9 @@ def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, 
             alike = [one for one, other in enumerate(points) if other.x == point.x]
             beside = _BESIDE * (alike.index(number) - (len(alike) - 1) / 2)
             x = places[point.x] + _ASIDE * (turn - (len(series) - 1) / 2) + beside
-            _point(axis, x, point, colour, None if number else name, bottom=bottom)
+            # the first of several at the left: beside the second its number would lie on that one's mark
+            side: Side = "left" if turn == 0 < len(series) - 1 else "right"
+            _point(axis, x, point, colour, None if number else name, side, bottom)
     axis.set_xticks(list(places.values()), [f"{x:g}" if np.isfinite(x) else "∞\nnot private" for x in places])
     axis.set_xlim(min(places.values()) - 0.2, max(places.values()) + 0.2)
     if not any(np.isfinite(point.mean) for points in series.values() for point in points):
@@ -271,7 +274,7 @@ def dice_by_patients(
         numbers |= {point.x for point in points}
         axis.plot(at, [point.mean for point in points], "-", color=colour, lw=1.4)
         for x, point in zip(at, points, strict=True):
-            _point(axis, x, point, colour, name if point is points[0] else None, number=False)
+            _point(axis, x, point, colour, name if point is points[0] else None, "none")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(numbers), [f"{x:g}" for x in sorted(numbers)])
     axis.minorticks_off()
@@ -281,15 +284,22 @@ def dice_by_patients(
 
 
 def _point(
-    axis: Axes, x: float, point: Point, colour: str, label: str | None, number: bool = True, bottom: float = -np.inf
+    axis: Axes,
+    x: float,
+    point: Point,
+    colour: str,
+    label: str | None,
+    number: Side = "right",
+    bottom: float = -np.inf,
 ) -> None:
     """Draw a mean and its interval; a mean below ``bottom`` as an arrow there, with its number."""
     height, marker = max(point.mean, bottom), "o" if not point.mean < bottom else "v"
     axis.plot([x, x], [max(point.low, bottom), max(point.high, bottom)], color=colour, lw=2.0, alpha=0.8)
     axis.plot([x], [height], marker, color=colour, ms=6, label=label, clip_on=False)
-    if number and np.isfinite(point.mean):
+    if number != "none" and np.isfinite(point.mean):
         text = f"{round(point.mean, 2) + 0.0:.2f}"  # no minus before a zero
-        axis.annotate(text, (x, height), (6, 2), textcoords="offset points", fontsize=8)
+        aside, edge = (-6, "right") if number == "left" else (6, "left")
+        axis.annotate(text, (x, height), (aside, 2), textcoords="offset points", fontsize=8, ha=edge)
 
 
 def _two_histograms(axis: Axes, real: np.ndarray, synthetic: np.ndarray, name: str) -> None:
