@@ -79,12 +79,9 @@ def _is_same(folder: Path, sources: Sequence[Source], settings: Settings) -> boo
 def _run(sources: Sequence[Source], out: Path, settings: Settings) -> None:
     from medsynth.stages import comparison
 
-    try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise StoreError(f"cannot write the output folder: {error.strerror}") from error
     study = sources[0].study
     with (
+        store.alone_in(out, "output"),
         open_tracker(study.tracking.uri, study.tracking.experiment, out, FOLDER) as tracker,
         store.set_aside(out / FOLDER),
     ):

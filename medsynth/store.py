@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from medsynth import __version__
 from medsynth.errors import StoreError
 from medsynth.files import SCRATCH, replace_bytes
 
 MANIFEST = "manifest.json"
+_LOCK = ".lock"
 _STATE = "unfinished.sha256"  # in a folder that a later run may go on with: what it was begun from
 Sensitivity = Literal["public", "released", "internal", "private"]
 ORDER: tuple[Sensitivity, ...] = ("public", "released", "internal", "private")
@@ -111,6 +114,35 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"stage folder '{folder.name}' is not finished: run the stage before it first") from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise StoreError(f"stage folder '{folder.name}' has an unreadable manifest: delete the folder") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Make the folder of a run, its owner's alone, and keep every other process from writing it during the block.
+
+    Two would take each other's half-written stages away, and take the same private steps twice.
+
+    Args:
+        folder: of the run.
+        what: how messages call it.
+
+    Raises:
+        StoreError: another process is writing it, or it cannot be written.
+    """
+    lock = FileLock(folder / _LOCK, mode=0o600)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # patients' voxels lie in it
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StoreError(
+            f"another process is writing the {what} folder: wait until it ends, stop it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"cannot write the {what} folder: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

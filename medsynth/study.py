@@ -71,19 +71,19 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
         MedsynthError: what stopped a stage; the stages before it stay as they are.
     """
     _meet_ranks()
-    _open_run(run)
-    if study.privacy.private and not store.is_done(run / "certificate"):
-        # nobody may be there when certify asks for a passphrase, hours from now
-        keys.open_key(signing_keys(), ask=False)
-    _keep_study(study, run)
-    with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
-        tracker.params(configuration.flatten(study))
-        tracker.describe(_description(study))
-        for stage in STAGES:
-            run_stage(study, stage, source, run, tracker, replace=replace)
-            if stage.verb == ASSISTED:
-                _dismiss_ranks()
-        tracker.metrics(_headline(run))
+    with store.alone_in(run, "run"):
+        if study.privacy.private and not store.is_done(run / "certificate"):
+            # nobody may be there when certify asks for a passphrase, hours from now
+            keys.open_key(signing_keys(), ask=False)
+        _keep_study(study, run)
+        with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
+            tracker.params(configuration.flatten(study))
+            tracker.describe(_description(study))
+            for stage in STAGES:
+                run_stage(study, stage, source, run, tracker, replace=replace)
+                if stage.verb == ASSISTED:
+                    _dismiss_ranks()
+            tracker.metrics(_headline(run))
 
 
 def _description(study: Study) -> str:
@@ -108,10 +108,10 @@ def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace
     """Run one stage into ``run`` (see :func:`run_study`)."""
     if verb == ASSISTED:
         _meet_ranks()
-    _open_run(run)
-    _keep_study(study, run)
-    with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
-        run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
+    with store.alone_in(run, "run"):
+        _keep_study(study, run)
+        with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
+            run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
     if verb == ASSISTED:
         _dismiss_ranks()
 
@@ -155,7 +155,7 @@ def audit_again(run: Path) -> list[Finding]:
         return audits.read_findings(out)
     if _changes(study, stage, store.read_manifest(out), run):
         raise StoreError("'audit' was made from other settings or inputs: finish the run first (medsynth run)")
-    with tempfile.TemporaryDirectory(dir=run, prefix=".audit-") as scratch:
+    with store.alone_in(run, "run"), tempfile.TemporaryDirectory(dir=run, prefix=".audit-") as scratch:
         again = Path(scratch) / stage.folder
         module = importlib.import_module(f"medsynth.stages.{stage.verb}")
         inputs = {name: run / name for name in stage.reads} | {"ledger": run / "ledger.jsonl"}
@@ -298,10 +298,3 @@ def _dismiss_ranks() -> None:
 
         open_ranks().call(None)
         close_ranks()
-
-
-def _open_run(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True, mode=0o700)  # patients' voxels lie in it
-    except OSError as error:
-        raise StoreError(f"cannot write the run folder: {error.strerror}") from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +160,34 @@ def test_only_public_and_released_may_leave(kind: str, may: bool, tmp_path: Path
 
 def test_canonical_json_does_not_depend_on_order() -> None:
     assert store.digest_of({"b": 1, "a": [1, 2]}) == store.digest_of(json.loads('{"a": [1,2],   "b": 1}'))
+
+
+def test_a_run_folder_is_written_by_one_process_at_a_time(tmp_path: Path, root: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom medsynth import store\n"
+        "with store.alone_in(Path(sys.argv[1]), 'run'): print('in')"
+    )
+
+    def other() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, str(run)]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    with store.alone_in(run, "run"):
+        assert stat.S_IMODE(run.stat().st_mode) == 0o700
+        assert "another process is writing the run folder" in other().stderr
+        with pytest.raises(StoreError, match="wait until it ends"), store.alone_in(run, "run"):
+            pytest.fail("the block ran")
+    assert other().stdout == "in\n"
+    with pytest.raises(KeyboardInterrupt), store.alone_in(run, "run"):
+        raise KeyboardInterrupt
+    assert other().stdout == "in\n", "a run that was stopped holds nothing"
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(StoreError, match="cannot write the output folder"),
+        store.alone_in(tmp_path / "file" / "x", "output"),
+    ):
+        pytest.fail("the block ran")

@@ -220,8 +220,9 @@ def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, 
         axis.axhline(height, color=_GREY, ls=style, lw=1.2, label=text)
     for (name, height), colour in zip(lines.items(), _LINES, strict=False):
         axis.axhline(height, color=colour, ls=":", lw=1.6, label=name)
-    heights = [point.low for points in series.values() for point in points if np.isfinite(point.low)]
-    bottom = max(min([*heights, 0.0]) - 0.1, _LOWEST)
+    ends = [end for points in series.values() for point in points for end in (point.low, point.high)]
+    heights = [height for height in (*ends, *lines.values(), 0.0, 1.0) if np.isfinite(height)]
+    drawn = max(min(heights) - 0.1, _LOWEST), min(max(heights) + 0.08, _HIGHEST)
     for turn, ((name, points), colour) in enumerate(zip(series.items(), _CURVES, strict=False)):
         for number, point in enumerate(points):
             alike = [one for one, other in enumerate(points) if other.x == point.x]
@@ -229,12 +230,12 @@ def skill_by_epsilon(series: Mapping[str, Sequence[Point]], lines: Mapping[str, 
             x = places[point.x] + _ASIDE * (turn - (len(series) - 1) / 2) + beside
             # the first of several at the left: beside the second its number would lie on that one's mark
             side: Side = "left" if turn == 0 < len(series) - 1 else "right"
-            _point(axis, x, point, colour, None if number else name, side, bottom)
+            _point(axis, x, point, colour, None if number else name, side, drawn)
     axis.set_xticks(list(places.values()), [f"{x:g}" if np.isfinite(x) else "∞\nnot private" for x in places])
     axis.set_xlim(min(places.values()) - 0.2, max(places.values()) + 0.2)
     if not any(np.isfinite(point.mean) for points in series.values() for point in points):
         axis.text(0.5, 0.5, _NO_SKILL, transform=axis.transAxes, ha="center")
-    axis.set_ylim(bottom, min(max(axis.get_ylim()[1], 1.08), _HIGHEST))
+    axis.set_ylim(*drawn)
     axis.set(xlabel=f"epsilon for a whole patient\n{note}".strip(), ylabel="skill on held-out patients")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
@@ -290,11 +291,14 @@ def _point(
     colour: str,
     label: str | None,
     number: Side = "right",
-    bottom: float = -np.inf,
+    drawn: tuple[float, float] = (-np.inf, np.inf),
 ) -> None:
-    """Draw a mean and its interval; a mean below ``bottom`` as an arrow there, with its number."""
-    height, marker = max(point.mean, bottom), "o" if not point.mean < bottom else "v"
-    axis.plot([x, x], [max(point.low, bottom), max(point.high, bottom)], color=colour, lw=2.0, alpha=0.8)
+    """Draw a mean and its interval; a mean below or above what is ``drawn`` as an arrow there, with its number."""
+    bottom, top = drawn
+    height = min(max(point.mean, bottom), top)
+    marker = "v" if point.mean < bottom else "^" if point.mean > top else "o"
+    ends = [min(max(end, bottom), top) for end in (point.low, point.high)]
+    axis.plot([x, x], ends, color=colour, lw=2.0, alpha=0.8)
     axis.plot([x], [height], marker, color=colour, ms=6, label=label, clip_on=False)
     if number != "none" and np.isfinite(point.mean):
         text = f"{round(point.mean, 2) + 0.0:.2f}"  # no minus before a zero

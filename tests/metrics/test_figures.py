@@ -41,12 +41,15 @@ def test_dice_is_drawn_for_one_number_and_for_many_runs(tmp_path: Path) -> None:
     assert (tmp_path / "dice.png").stat().st_size > 5000
 
 
-def test_a_skill_far_below_the_floor_is_shown_as_an_arrow(tmp_path: Path) -> None:
+def test_a_skill_far_below_the_floor_or_above_real_patients_is_shown_as_an_arrow(tmp_path: Path) -> None:
     figure, axes = figures._figure(3, 3, 1, 1)
     axis = axes[0][0]
-    figures._point(axis, 0.0, Point(8.0, -3.65, -4.0, -3.0), "red", "far", bottom=-1.0)
-    figures._point(axis, 1.0, Point(8.0, -0.001, -0.1, 0.1), "red", "near", bottom=-1.0)
-    far, near = (line for line in axis.lines if line.get_marker() in ("v", "o"))
+    figures._point(axis, 0.0, Point(8.0, -3.65, -4.0, -3.0), "red", "far", drawn=(-1.0, 2.0))
+    figures._point(axis, 1.0, Point(8.0, -0.001, -0.1, 0.1), "red", "near", drawn=(-1.0, 2.0))
+    figures._point(axis, 2.0, Point(8.0, 3.3, 1.5, 20.0), "red", "above", drawn=(-1.0, 2.0))
+    far, near, above = (line for line in axis.lines if line.get_marker() in ("v", "o", "^"))
     assert far.get_marker() == "v" and list(far.get_ydata()) == [-1.0] and near.get_marker() == "o"
-    assert [text.get_text() for text in axis.texts] == ["-3.65", "0.00"]
+    assert above.get_marker() == "^" and list(above.get_ydata()) == [2.0]
+    assert max(max(line.get_ydata()) for line in axis.lines) == 2.0
+    assert [text.get_text() for text in axis.texts] == ["-3.65", "0.00", "3.30"]
     figures._save(figure, tmp_path / "point.png")
