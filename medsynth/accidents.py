@@ -22,6 +22,7 @@ from medsynth.errors import MedsynthError, UnexpectedError
 
 FOLDER = "errors"
 """Below the run folder; internal."""
+_CLEARING_UP_S = 5.0  # a second signal within it does not stop what the first one began
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -46,8 +47,13 @@ def stop_when_asked() -> None:
     of a container does not hear the signal at all, and is killed when the patience of the cluster ends.
     """
 
+    asked: list[float] = []
+
     def stop(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would stop the cleaning up
+        now = time.monotonic()
+        if asked and now - asked[-1] < _CLEARING_UP_S:
+            return
+        asked.append(now)
         raise Stopped(128 + number)
 
     signal.signal(signal.SIGTERM, stop)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-SCRATCH = ".*.partial"
+HALF_WRITTEN = ".*.partial"
 """Names of the files that :func:`replacing` writes and a kill leaves, as a glob pattern."""
 _READABLE = 0o666  # before the umask
 

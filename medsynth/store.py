@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from medsynth import __version__
 from medsynth.errors import StoreError
-from medsynth.files import SCRATCH, replace_bytes
+from medsynth.files import HALF_WRITTEN, replace_bytes
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
@@ -195,6 +195,7 @@ class StageFolder:
         ledger_entries: tuple[str, ...] = (),
         details: Mapping[str, Any] | None = None,
         check: Callable[[Path], None] | None = None,
+        scratch: Sequence[str] = (),
     ) -> Manifest:
         """Digest every file, write the manifest, and rename the folder into place.
 
@@ -203,6 +204,8 @@ class StageFolder:
             ledger_entries: ids of the ledger entries whose outputs lie here.
             details: stage-specific JSON values.
             check: looks at the complete folder before it is renamed into place; when it raises, nothing appears.
+            scratch: files that only an interrupted run needs. They go last, so that one which is stopped while the rest
+                is digested has them still; those that are not there are left out.
         """
         values = dict(details or {})
         if sensitivity == "private":
@@ -210,16 +213,16 @@ class StageFolder:
             # test for that one
             values.setdefault("salt", secrets.token_hex(16))
         parents = self._parents()
-        (self.path / _STATE).unlink(missing_ok=True)
-        for left in self.path.rglob(SCRATCH):  # half written by a run that was killed
+        for left in self.path.rglob(HALF_WRITTEN):  # by a run that was killed
             left.unlink()
+        goes = (*scratch, _STATE)
         self.manifest = Manifest(
             stage=self._stage,
             sensitivity=sensitivity,
             config_digest=self._config_digest,
             parents=parents,
             ledger_entries=tuple(ledger_entries),
-            files=digest_tree(self.path),
+            files={name: digest for name, digest in digest_tree(self.path).items() if name not in goes},
             details=values,
         )
         with (self.path / MANIFEST).open("wb") as handle:
@@ -228,6 +231,8 @@ class StageFolder:
             os.fsync(handle.fileno())
         if check is not None:
             check(self.path)
+        for name in goes:
+            (self.path / name).unlink(missing_ok=True)
         os.replace(self.path, self.final)
         return self.manifest
 

@@ -92,9 +92,11 @@ def _description(study: Study) -> str:
     promise = (
         f"At most epsilon {privacy.epsilon:g} at delta {privacy.delta:g} a patient, for "
         f"{privacy.declared_patients} declared patients."
-        if privacy.private
-        else "**WITHOUT privacy**: nothing of it can be certified."
     )
+    if not privacy.private:
+        promise = "**WITHOUT privacy**: nothing of it can be certified."
+    elif privacy.entropy != "os":
+        promise = "**Repeatable noise, for tests**: no privacy, and nothing of it can be certified."
     return (
         f"{study.description or study.name}. {promise}\n\n"
         "The metrics are those of the whole run: Dice on held-out patients by what the segmentation model was trained "
@@ -111,6 +113,7 @@ def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace
     with store.alone_in(run, "run"):
         _keep_study(study, run)
         with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
+            tracker.describe(_description(study))
             run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
     if verb == ASSISTED:
         _dismiss_ranks()

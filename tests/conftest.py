@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ipaddress
 import os
+import signal
 import socket
 import uuid
 from collections.abc import Iterator
@@ -57,6 +58,14 @@ TINY: dict[str, Any] = {
     "export": {"dicom_pairs": 1},
     "compute": {"device": "cpu", "threads": 1, "workers": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """Take back what the command line does with SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

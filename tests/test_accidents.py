@@ -24,9 +24,7 @@ SECRET = "/cohort/DOE^JANE.dcm"
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     mask, limit, handlers = os.umask(0o022), resource.getrlimit(resource.RLIMIT_CORE), logging.getLogger().handlers[:]
-    asked = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, asked)
     os.umask(mask)
     resource.setrlimit(resource.RLIMIT_CORE, limit)
     logging.getLogger().handlers[:] = handlers
@@ -116,6 +114,7 @@ def test_a_process_that_is_asked_to_end_clears_up_and_says_that_it_can_go_on(
 
 def test_processes_of_torchrun_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may wait for each other in a call that no exception ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(verbs, "app", lambda: None)

@@ -104,6 +104,30 @@ def test_a_folder_is_gone_on_with_for_the_same_settings_and_inputs_alone(tmp_pat
         assert set(folder.finish("public").files) == {"half"}
 
 
+def test_a_run_that_is_stopped_while_it_digests_its_files_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> dict[str, str]:
+        raise OSError(28, "No space left on device")
+
+    def begin() -> tuple[bool, store.StageFolder]:
+        with store.create(tmp_path / "one", "s", "1", keep_partial=True) as folder:
+            found = folder.resume()
+            (folder.path / "value").write_text("made in hours")
+            (folder.path / "steps").write_text("what going on needs")
+            folder.finish("public", scratch=["steps", "none"])
+        return found, folder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "digest_tree", full)
+        with pytest.raises(StoreError, match="No space left"):
+            begin()
+    assert (store.partial(tmp_path / "one") / "steps").exists()
+    found, folder = begin()
+    assert found and folder.manifest is not None and set(folder.manifest.files) == {"value"}
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [MANIFEST, "value"]
+
+
 def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     before = finished(tmp_path / "one")
     with pytest.raises(StoreError, match="--replace"), store.create(tmp_path / "one", "stage", "1" * 64):

@@ -240,11 +240,20 @@ def test_a_cohort_without_references_is_ingested_again(tiny_study: Study, tmp_pa
         study.run_verb(tiny_study, "masks", None, tmp_path / "run")
 
 
-@pytest.mark.parametrize("epsilon", [8.0, "inf"])
-def test_the_page_of_a_run_in_mlflow_says_what_it_promises(tiny_settings: dict[str, Any], epsilon: float | str) -> None:
-    name = {"name": "tiny-nonprivate"} if epsilon == "inf" else {}
-    text = study._description(changed({**tiny_settings, **name}, "privacy", epsilon=epsilon))
-    assert ("At most epsilon 8" in text) == (epsilon == 8) and ("WITHOUT privacy" in text) == (epsilon == "inf")
+@pytest.mark.parametrize(
+    ("values", "promise"),
+    [
+        ({"entropy": "os"}, "At most epsilon 8 at delta 0.0001"),
+        ({"entropy": "test_only"}, "Repeatable noise"),
+        ({"epsilon": "inf"}, "WITHOUT privacy"),
+    ],
+)
+def test_the_page_of_a_run_in_mlflow_says_what_it_promises(
+    tiny_settings: dict[str, Any], values: dict[str, Any], promise: str
+) -> None:
+    name = {"name": "tiny-nonprivate"} if "epsilon" in values else {}
+    text = study._description(changed({**tiny_settings, **name}, "privacy", **values))
+    assert promise in text and ("At most" in text) == ("os" in values.values())
 
 
 def test_studies_can_be_sorted_by_skill_and_agreement(tmp_path: Path) -> None:

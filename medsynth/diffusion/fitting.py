@@ -37,10 +37,8 @@ def fit(
     generator: torch.Generator,
     report: Report,
     keep: Path | None = None,
-) -> list[float]:
-    """Train ``model`` in place, leave it with its averaged weights and return the loss of each step.
-
-    It is fitted by :func:`medsynth.models.fitting.fit`.
+) -> None:
+    """Train ``model`` in place and leave it with its averaged weights (:func:`medsynth.models.fitting.fit`).
 
     Args:
         model: the denoiser.
@@ -50,7 +48,7 @@ def fit(
         learning_rate: the peak.
         settings: noise schedule, mask dropout, EMA decay.
         generator: randomness of batches, noise levels and noise.
-        report: called at every step.
+        report: called after every step.
         keep: file in which an unfinished training is kept; see there.
     """
 
@@ -59,4 +57,4 @@ def fit(
         return row_loss(model, noise_rows(latents, masks, model.preconditioning, settings.mask_dropout, stream)).mean()
 
     recipe, average = Recipe(steps, learning_rate, _WARM_UP), open_ema(model, settings.ema_decay)
-    return fitting.fit(model, loss_of, what, recipe, generator, report, average=average, keep=keep)
+    fitting.fit(model, loss_of, what, recipe, generator, report, average=average, keep=keep)

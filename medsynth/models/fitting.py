@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,8 @@ _KEEP_EVERY_S = 60.0  # at most so much of a killed fit is lost
 Loss = Callable[[torch.Generator], Tensor]
 """Draw a batch from a stream and return its loss."""
 
-Report = Callable[[int, float], None]
-"""Receive the step and the loss."""
+Report = Callable[[Sequence[float]], None]
+"""Receive the losses of all steps so far, the newest last."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def fit(
     *,
     average: EMAModel | None = None,
     keep: Path | None = None,
-) -> list[float]:
-    """Train ``model`` in place and return the loss of each step; with an ``average`` it has averaged weights then.
+) -> None:
+    """Train ``model`` in place; with an ``average`` it is left with its averaged weights.
 
     Args:
         model: the network.
@@ -62,7 +62,7 @@ def fit(
         what: what the progress bar calls it.
         recipe: how long and how fast.
         stream: randomness of the batches.
-        report: called at every step.
+        report: called after every step.
         average: of the weights that are trained.
         keep: file in which an unfinished fit is kept once a minute. A killed one goes on from there, and on the same
             device ends with the weights that it would have had. It is as sensitive as what is drawn; whoever called
@@ -73,7 +73,8 @@ def fit(
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=max(recipe.steps, 2), pct_start=recipe.warm_up
     )
-    parts: dict[str, _Part] = {"model": model, "optimizer": optimizer, "rate": rate, "streams": _Streams(stream)}
+    streams = _Streams(stream, parameters[0].device)
+    parts: dict[str, _Part] = {"model": model, "optimizer": optimizer, "rate": rate, "streams": streams}
     if average is not None:
         parts["average"] = average
     losses = _go_on(keep, parts)
@@ -81,7 +82,7 @@ def fit(
         average.to(device=parameters[0].device)
     model.train()
     kept = time.monotonic()
-    for step in logs.progress(range(len(losses), recipe.steps), what, recipe.steps - len(losses)):
+    for _ in logs.progress(range(len(losses), recipe.steps), what, recipe.steps - len(losses)):
         loss = loss_of(stream)
         optimizer.zero_grad()
         loss.backward()
@@ -91,14 +92,13 @@ def fit(
         if average is not None:
             average.step(parameters)
         losses.append(float(loss.detach()))
-        report(step, losses[-1])
+        report(losses)
         if keep is not None and time.monotonic() - kept >= _KEEP_EVERY_S:
             with replacing(keep) as file:
                 torch.save({"losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, file)
             kept = time.monotonic()
     if average is not None:
         average.copy_to(parameters)
-    return losses
 
 
 class _Part(Protocol):
@@ -110,19 +110,21 @@ class _Part(Protocol):
 
 
 class _Streams:
-    """The stream of the batches, and torch's own, which a network may draw from."""
+    """The stream of the batches, and those of torch, which a network may draw from where it lies."""
 
-    def __init__(self, batches: torch.Generator) -> None:
+    def __init__(self, batches: torch.Generator, device: torch.device) -> None:
         self._batches = batches
+        self._gpu = device if device.type == "cuda" else None
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"own": torch.get_rng_state(), "devices": torch.cuda.get_rng_state_all()}
-        return {"batches": self._batches.get_state(), **own}
+        gpu = {} if self._gpu is None else {"gpu": torch.cuda.get_rng_state(self._gpu)}
+        return {"batches": self._batches.get_state(), "cpu": torch.get_rng_state(), **gpu}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._batches.set_state(state_dict["batches"])
-        torch.set_rng_state(state_dict["own"])
-        torch.cuda.set_rng_state_all(state_dict["devices"])
+        torch.set_rng_state(state_dict["cpu"])
+        if self._gpu is not None and "gpu" in state_dict:  # it may have been kept on another device
+            torch.cuda.set_rng_state(state_dict["gpu"], self._gpu)
 
 
 def _go_on(path: Path | None, parts: Mapping[str, _Part]) -> list[float]:
@@ -133,6 +135,9 @@ def _go_on(path: Path | None, parts: Mapping[str, _Part]) -> list[float]:
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; nothing is lost but time
         logs.say("what was kept of the training cannot be read: it begins again", reason=type(error).__name__)
+        return []
+    if found.keys() != {*parts, "losses"}:
+        logs.say("what was kept of the training is of another version: it begins again")
         return []
     for name, part in parts.items():
         part.load_state_dict(found[name])

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from monai.networks.nets.unet import UNet
 from monai.transforms.post.array import KeepLargestConnectedComponent
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from medsynth.config import Grid, Segment
 from medsynth.errors import ConfigError, StoreError
+from medsynth.files import replace_bytes
 
 
 class Segmenter(UNet):
@@ -64,8 +65,8 @@ def build_segmenter(grid: Grid, segment: Segment) -> Segmenter:
 
 
 def save_segmenter(model: nn.Module, path: Path) -> None:
-    """Write the weights as safetensors."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path)
+    """Write the weights as safetensors, whole or not at all."""
+    replace_bytes(path, save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
 
 
 def load_segmenter(grid: Grid, segment: Segment, path: Path) -> Segmenter:

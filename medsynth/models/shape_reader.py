@@ -10,6 +10,7 @@ Source: Robbins (1956) for the posterior mean, Karras et al. (2022, section 5) f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -155,8 +156,13 @@ def fit_reader(
         return (error.square().flatten(1).sum(1) / reader.error_scale(noise_sd) ** 2).mean() / cohorts[0].numel()
 
     recipe, what = Recipe(steps, _LEARNING_RATE), "learning to read mean shapes from phantoms"
-    losses = fit(reader, loss_of, what, recipe, random, lambda _step, _loss: None)
-    logs.say("mean shapes are read by a network that phantoms taught", loss=round(losses[-1], 3))
+    last: list[float] = []
+
+    def report(losses: Sequence[float]) -> None:
+        last[:] = losses[-1:]
+
+    fit(reader, loss_of, what, recipe, random, report)
+    logs.say("mean shapes are read by a network that phantoms taught", loss=round(last[0], 3))
     return reader.eval()
 
 

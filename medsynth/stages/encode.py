@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         (folder.path / "reconstruction.json").write_text(text, encoding="utf-8")
         tracker.metrics({f"phantom_{name}": value for name, value in quality.items()})
         logs.say("codec ready", codec=encode.codec, latent_channels=codec.channels, **quality)
-        (folder.path / _UNFINISHED).unlink(missing_ok=True)
-        return folder.finish("public", details={"codec": encode.codec, "reconstruction": quality})
+        details = {"codec": encode.codec, "reconstruction": quality}
+        return folder.finish("public", details=details, scratch=[_UNFINISHED])
 
 
 def reconstruction(codec: Codec, images: Tensor) -> dict[str, float]:
@@ -92,13 +92,16 @@ def _train(codec: Codec, phantoms: Tensor, encode: Encode, seed: int, tracker: T
         rows = torch.randint(0, len(phantoms), (encode.batch_size,), generator=stream)
         return _loss(codec, phantoms[rows.to(phantoms.device)], encode.kl_weight)
 
-    def report(step: int, loss: float) -> None:
-        if step % _LOG_EVERY == 0:
-            tracker.metrics({"autoencoder_loss": loss}, step=step)
+    series: list[float] = []
+
+    def report(losses: Sequence[float]) -> None:
+        if (len(losses) - 1) % _LOG_EVERY == 0:
+            tracker.metrics({"autoencoder_loss": losses[-1]}, step=len(losses) - 1)
+        series[:] = losses[::_LOG_EVERY]
 
     recipe = Recipe(encode.steps, encode.learning_rate, weight_decay=_WEIGHT_DECAY)
-    losses = fit(codec, loss_of, "training the autoencoder on phantoms", recipe, generator, report, keep=keep)
-    return losses[::_LOG_EVERY]
+    fit(codec, loss_of, "training the autoencoder on phantoms", recipe, generator, report, keep=keep)
+    return series
 
 
 def _loss(codec: Codec, batch: Tensor, kl_weight: float) -> torch.Tensor:

@@ -66,11 +66,10 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             for _ in side_by_side(_train, left, device, workers, "segment"):
                 pass  # each has written its network
         losses = {job.name: json.loads(job.losses.read_bytes()) for job in jobs}
-        for job in jobs:
-            job.losses.unlink()
         (folder.path / "training.json").write_text(json.dumps({"loss": losses}, indent=1) + "\n", encoding="utf-8")
         _report(losses, tracker)
-        return folder.finish("internal", details={"networks": sorted(losses)})
+        marks = [job.losses.name for job in jobs]
+        return folder.finish("internal", details={"networks": sorted(losses)}, scratch=marks)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def side_by_side(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_attempt, work, job, device): job for job in jobs}
         try:
+            futures = {pool.submit(_attempt, work, job, device): job for job in jobs}
             yield from logs.progress(((futures[f], f.result()) for f in as_completed(futures)), what, len(jobs))
         except BrokenProcessPool:
             raise MedsynthError(

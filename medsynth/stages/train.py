@@ -11,8 +11,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -82,6 +81,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             _sensitivity(job, entries),
             ledger_entries=entries,
             details={"trainable_parameters": count if config.train.steps else 0},
+            scratch=(_PRETRAINED, _UNFINISHED_PUBLIC, _UNFINISHED_OPEN, *private_training.SCRATCH, STATE),
         )
 
 
@@ -109,15 +109,13 @@ def _open_state(job: Job) -> dict[str, Any]:
 
 
 def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Complete the training's reservation, remove scratch files and return the ledger entries."""
+    """Complete the training's reservation and return the ledger entries."""
     entry = state["entries"].get("training")
     if entry is not None:
         outputs = {WEIGHTS: store.digest_file(job.folder / WEIGHTS)}
         # A private run that was killed after this line finds the same weights again, and the reservation complete.
         if not any(e["id"] == entry and e["outputs"] == outputs for e in job.ledger.entries()):
             job.ledger.complete(entry, outputs)
-    for name in (_PRETRAINED, _UNFINISHED_PUBLIC, _UNFINISHED_OPEN, *private_training.SCRATCH, STATE):
-        (job.folder / name).unlink(missing_ok=True)
     return tuple(state["entries"].values())
 
 
@@ -136,8 +134,7 @@ def _pretrain(job: Job, built: Generator, state: dict[str, Any]) -> None:
     report = _reporter(job, "pretrain_loss")
     unfinished = job.folder / _UNFINISHED_PUBLIC
     steps, rate = settings.pretrain_steps, settings.pretrain_learning_rate
-    losses = fit(built.denoiser, draw, "pre-training on phantoms", steps, rate, settings, stream, report, unfinished)
-    job.record("pretrain_loss", losses)
+    fit(built.denoiser, draw, "pre-training on phantoms", steps, rate, settings, stream, report, unfinished)
     replace_bytes(kept, save({k: v.detach().cpu().contiguous() for k, v in built.denoiser.state_dict().items()}))
 
 
@@ -203,12 +200,10 @@ def _draw_from(latents: Tensor, masks: Tensor, size: int, device: torch.device) 
 
 
 def _reporter(job: Job, name: str) -> Report:
-    recent: deque[float] = deque(maxlen=LOG_EVERY)
-
-    def report(step: int, loss: float) -> None:
-        recent.append(loss)
-        if (step + 1) % LOG_EVERY == 0:
-            job.tracker.metrics({name: fmean(recent)}, step=step + 1)
+    def report(losses: Sequence[float]) -> None:
+        if len(losses) % LOG_EVERY == 0:
+            job.tracker.metrics({name: fmean(losses[-LOG_EVERY:])}, step=len(losses))
+            job.record(name, losses)
 
     return report
 
@@ -230,5 +225,4 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     stream = torch.Generator().manual_seed(job.seed("batches"))
     report, unfinished = _reporter(job, "loss"), job.folder / _UNFINISHED_OPEN
     steps, rate = settings.steps, settings.learning_rate
-    losses = fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)
-    job.record("loss", losses)
+    fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)

@@ -102,12 +102,10 @@ class Job:
     def record(self, name: str, losses: Sequence[float]) -> None:
         """Keep the means of every :data:`LOG_EVERY` losses in the folder, for whoever asks later what limited it."""
         rows = len(losses) // LOG_EVERY
-        if not rows:
-            return
         path = self.folder / HISTORY
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         kept[name] = np.reshape(losses[: rows * LOG_EVERY], (rows, LOG_EVERY)).mean(axis=1).tolist()
-        replace_bytes(path, (json.dumps(kept) + "\n").encode())
+        replace_bytes(path, (json.dumps(kept) + "\n").encode(), durable=False)
 
     def patients(self) -> list[Patient]:
         """Read the patients that train."""

@@ -157,7 +157,7 @@ def _public_generator(effort: Effort, folder: Path) -> Generator:
         what, steps = "pre-training on phantoms", effort.pretrain_steps
         stream = torch.Generator().manual_seed(0)
         public = settings.model_copy(update={"ema_decay": 0.99})
-        fit(built.denoiser, draw, what, steps, 2e-3, public, stream, lambda _step, _loss: None)
+        fit(built.denoiser, draw, what, steps, 2e-3, public, stream, lambda _losses: None)
         save_file({k: v.detach().contiguous() for k, v in built.denoiser.state_dict().items()}, kept)
     built.denoiser.load_state_dict(load_file(kept))
     return built

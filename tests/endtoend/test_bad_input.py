@@ -31,7 +31,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
 
 
 def leftovers(run: Path) -> list[str]:
-    kept = ("mlflow", "resources.json", "study.yaml", "ledger.jsonl", "ledger.jsonl.lock")
+    kept = ("mlflow", "resources.json", "study.yaml", "ledger.jsonl", "ledger.jsonl.lock", ".lock")
     return sorted(path.name for path in run.glob("*") if path.name not in kept)
 
 
