@@ -150,7 +150,7 @@ def roc(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None
     axis.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1, label="chance")
     for (name, sides), colour in zip(scores.items(), (_SYNTHETIC, _REAL, *_CONTOURS), strict=False):
         false, true = roc_curve(*sides)
-        axis.step(false, true, where="post", color=colour, lw=1.8, label=name)
+        axis.plot(false, true, color=colour, lw=1.8, label=name)  # where scores are equal, along the diagonal
     axis.set(xlabel="held-out patients taken for members", ylabel="members recognised", aspect="equal")
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     _save(figure, path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from medsynth.metrics import figures
@@ -39,6 +41,16 @@ def test_dice_is_drawn_for_one_number_and_for_many_runs(tmp_path: Path) -> None:
     curves = {name: [_point(20, 0.5)] for name in ("real only", "strong augmentation", *(f"mixed, {r}" for r in lines))}
     figures.dice_by_patients(curves, lines, 0.3, tmp_path / "dice.png", "quick")
     assert (tmp_path / "dice.png").stat().st_size > 5000
+
+
+def test_an_attack_that_tells_nobody_apart_is_drawn_along_the_diagonal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, _: drawn.append(figure))
+    figures.roc({"generator": (np.zeros(5), np.zeros(4))}, tmp_path / "roc.png")
+    (line,) = [line for line in drawn[0].axes[0].lines if line.get_label() == "generator"]
+    assert line.get_xydata().tolist() == [[0, 0], [1, 1]] and line.get_drawstyle() == "default"
 
 
 def test_a_skill_far_below_the_floor_or_above_real_patients_is_shown_as_an_arrow(tmp_path: Path) -> None:
