@@ -70,6 +70,9 @@ def test_table_marks_wrong_failed_and_impossible_results() -> None:
     assert header[2:] == ["bad", "dead", "other"]
     assert body[0] == ["a", "100 ms", "2.00 / 1.50 WRONG", "error", "n/a"]
     assert cell(entries[0]) == "2.00 / 1.50"
+    rounded = {**entries[1], "norm_error": 1e-7, "sum_error": 3e-6, "clipped_norm": 1 + 5e-6}
+    assert cell(rounded) == "2.00 / 1.50 OVER"
+    assert cell({**rounded, "clipped_norm": 1.003}) == cell({**rounded, "sum_error": 0.3}) == "2.00 / 1.50 WRONG"
 
 
 def test_geometric_mean_and_quartiles() -> None:
