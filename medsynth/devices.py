@@ -21,7 +21,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def share_cores() -> None:
     """Let threads that wait give their core away, so that other work on the machine does not stop the pipeline.
 
-    With libgomp's default a step on 2 threads took 50 times as long beside one busy process on 2 cores, and 3 times
+    With libgomp's default a step on 2 threads took 90 times as long beside one busy process on 2 cores, and 5 times
     as long with this; on an idle machine they are equal (docs/log.md). Call it before torch is imported;
     ``GOMP_SPINCOUNT`` and ``OMP_WAIT_POLICY`` in the environment stay.
     """
