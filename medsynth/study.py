@@ -129,14 +129,13 @@ def assist_study(study: Study, run: Path) -> None:
     Raises:
         MedsynthError: rank 0 has ended, or this process was given something else than rank 0.
     """
-    from medsynth.privacy.distributed import close_ranks, open_ranks
+    from medsynth.privacy.distributed import open_ranks
     from medsynth.stages import private_training
 
     ranks = open_ranks()
     inputs = {name: run / name for name in BY_VERB[ASSISTED].reads}
     while (call := ranks.await_call()) is not None:
         private_training.assist(study, inputs, ranks, call)
-    close_ranks()
 
 
 def audit_again(run: Path) -> list[Finding]:
@@ -297,7 +296,6 @@ def _meet_ranks() -> None:
 
 def _dismiss_ranks() -> None:
     if rank_and_size()[1] > 1:
-        from medsynth.privacy.distributed import close_ranks, open_ranks
+        from medsynth.privacy.distributed import open_ranks
 
         open_ranks().call(None)
-        close_ranks()

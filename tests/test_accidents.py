@@ -121,3 +121,31 @@ def test_processes_of_torchrun_end_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["medsynth", "run"])
     verbs.main()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("code", "kept"), [(None, 0), (0, 0), (7, 7), ("a message", 1)])
+def test_an_assistant_ends_with_its_code_and_takes_nothing_apart(
+    code: Any, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gloo does while its connections are closed would end rank 0, whose later stages take hours."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def app() -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(verbs, "app", app)
+    monkeypatch.setattr(sys, "argv", ["medsynth", "run"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(Ended) as ended:
+        verbs.main()
+    assert ended.value.args == (kept,)
+    monkeypatch.setenv("RANK", "0")  # it writes and tracks: everything is closed in order
+    with pytest.raises(SystemExit):
+        verbs.main()

@@ -238,6 +238,15 @@ def _is_assistant() -> bool:
 
 def main() -> None:
     """Run the command line; an error prints one message and exits with its class's code, never a traceback."""
+    try:
+        _run()
+    except SystemExit as ended:
+        if _is_assistant():
+            accidents.end_at_once(ended)
+        raise
+
+
+def _run() -> None:
     accidents.protect_process()
     share_cores()
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
+import os
 import queue
 import socket
 import threading
@@ -16,8 +18,9 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
+from medsynth.accidents import end_at_once
 from medsynth.errors import ConfigError, MedsynthError, PrivacyError
-from medsynth.privacy.distributed import Ranks, Replica, close_ranks, open_ranks
+from medsynth.privacy.distributed import Ranks, Replica, open_ranks
 from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import Batch, ClippedSum, open_backend
 from medsynth.privacy.mechanism import DpSgd
@@ -54,8 +57,7 @@ def _copy(found: ClippedSum) -> ClippedSum:
 
 
 def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
-    import os
-
+    faulthandler.enable()  # says where, should gloo abort
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = open_ranks()
@@ -77,7 +79,10 @@ def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
     ranks.take(mixed)
     found["taken"] = mixed
     torch.save(found, f"{out}/{rank}.pt")
-    close_ranks()
+    if ranks.first:
+        ranks.call(None)
+    elif ranks.await_call() is None:
+        end_at_once(SystemExit(0))  # as an assistant of the command line does
 
 
 def _train(ranks: Ranks, name: str) -> dict[str, Any]:
