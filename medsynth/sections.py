@@ -355,7 +355,7 @@ class Audit(Section):
     gradients: bool = Field(True, description="norms of the trained model against a naive loop")
     step: bool = Field(True, description="one step of each mechanism, with and without a canary")
     one_run: bool = Field(True, description="many canaries through one whole training")
-    generator: bool = Field(True, description="membership inference on the generator")
+    generator: bool = Field(True, description="membership inference on the denoiser and on drafts")
     pairs: bool = Field(True, description="membership inference and copy detection on the synthetic pairs alone")
     neighbours: Annotated[int, Field(ge=1)] = Field(2, description="real patients that record-replay takes out")
     repeats: Annotated[int, Field(ge=10_000)] = Field(50_000, description="runs of a step with, and as many without")

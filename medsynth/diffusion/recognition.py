@@ -1,14 +1,19 @@
-"""How well a denoiser knows a patient: its error on noised latents beside the error of the best linear guess."""
+"""How well a generator knows a patient: by the error of its denoiser, and by how near its drafts come."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from medsynth.diffusion.generator import Dresser
 from medsynth.models.denoiser import Denoiser
 
 _LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the noise steps: clear of the ends, where all patients look alike
 _DRAWS = 2
+_DRAFTS = 4  # a label map: their mean is what is drawn, without most of what is drawn by chance
+_FLAT = 1e-6  # least variance of an image in [-1, 1]
 
 
 @torch.no_grad()
@@ -39,3 +44,25 @@ def familiarity(model: Denoiser, latents: Tensor, masks: Tensor, seed: int) -> f
         for row, guess in enumerate((model(noisy, steps, mask.expand(len(levels), *mask.shape)), skip * noisy)):
             errors[row] += ((guess - target) * scale).square().flatten(1).mean(1)
     return -float(torch.log(errors[0] / errors[1]).mean())
+
+
+def resemblance(dresser: Dresser, images: NDArray[np.float32], labels: NDArray[np.integer], seed: int) -> float:
+    """Return how near drafts for a patient's own label maps come to the patient's images.
+
+    Minus the mean log of the mean draft's squared error over the image's variance: that some images are hard for any
+    statistics is taken out in part. The streams of the drafts are the same for every patient. Records without
+    foreground, which nothing is drafted for, are left out; 0 where none is left.
+
+    Args:
+        dresser: the released statistics.
+        images: ``(record, channel, *spatial)`` in [-1, 1] of one patient.
+        labels: ``(record, *spatial)``.
+        seed: of the drafts.
+    """
+    found = []
+    for image, label in zip(images, labels.astype(np.uint8), strict=True):
+        if label.any():
+            drafts = [dresser.draft(label, np.random.default_rng(seed + number)) for number in range(_DRAFTS)]
+            error = np.square(image - np.mean(drafts, axis=0)).mean()
+            found.append(-np.log((error + _FLAT) / (image.var() + _FLAT)))
+    return float(np.mean(found)) if found else 0.0

@@ -20,7 +20,7 @@ from medsynth.privacy.audit.finding import Finding as Audit
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.scale_law import reach
-from medsynth.release.audits import SCORES, read_findings
+from medsynth.release.audits import SCORES, SIDES, read_findings
 from medsynth.stages.inputs import HISTORY
 from medsynth.study import RESOURCES, stored_study
 
@@ -143,7 +143,8 @@ def _errors(run: Path) -> dict[str, float]:
         return {}
     with np.load(path) as arrays:
         # A score is minus the mean log of the denoiser's error over the linear filter's.
-        return {side: float(np.exp(-np.median(arrays[side]))) for side in ("members", "strangers") if side in arrays}
+        found = {side: arrays[name] for side in SIDES if (name := f"generator_{side}") in arrays}
+    return {side: float(np.exp(-np.median(values))) for side, values in found.items()}
 
 
 def _noise(run: Path, study: Study, entries: Sequence[Record]) -> dict[str, float]:

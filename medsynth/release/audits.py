@@ -15,7 +15,8 @@ from medsynth.store import read_manifest
 FINDINGS = "findings.json"
 ROC = "roc.png"
 SCORES = "scores.npz"
-"""Of the attack on the generator, a patient each: ``members`` and ``strangers``."""
+"""Of the attacks on the generator, a number a patient: ``generator_members``, ``drafts_strangers``, ..."""
+SIDES = ("members", "strangers")
 OF_MECHANISMS = frozenset({"record-replay", "per-unit gradients", "distributional step", "one run with canaries"})
 """The audits of the mechanisms themselves; no certificate without one of them."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from medsynth.privacy.audit.finding import Finding
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import generator
 from medsynth.release import spending
-from medsynth.release.audits import FINDINGS, ROC, SCORES
+from medsynth.release.audits import FINDINGS, ROC, SCORES, SIDES
+from medsynth.stages.audit_generator import audit_generator
 from medsynth.stages.audit_mechanisms import audit_mechanisms
-from medsynth.stages.audit_results import Scores, Sides, allowed_area, audit_generator, audit_pairs
+from medsynth.stages.audit_results import Scores, Sides, allowed_area, audit_pairs
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -79,9 +81,10 @@ def _findings(config: Study, inputs: Mapping[str, Path], device: torch.device, f
         return
     bound = _bound(config, inputs["ledger"])
     if config.audit.generator:
-        finding, scores = audit_generator(config, built, sides, bound, device)
+        scores = {}
+        for finding, scores[finding.subject] in audit_generator(config, built, sides, bound, device):
+            yield finding
         _keep_scores(scores, folder)
-        yield finding
     if config.audit.pairs:
         images, labels = load_pairs(inputs["synthetic"], config.grid)
         yield from audit_pairs(config, images, labels, sides, bound)
@@ -94,6 +97,9 @@ def _bound(config: Study, ledger: Path) -> float:
     return allowed_area(spending.curve(spending.events(Ledger(ledger).entries()), config.privacy.delta))
 
 
-def _keep_scores(scores: Scores, folder: Path) -> None:
-    np.savez(folder / SCORES, members=scores[0], strangers=scores[1])
-    figures.roc({"generator": scores}, folder / ROC)
+def _keep_scores(scores: Mapping[str, Scores], folder: Path) -> None:
+    sides: dict[str, Any] = {}
+    for subject, both in scores.items():
+        sides |= {f"{subject}_{side}": values for side, values in zip(SIDES, both, strict=True)}
+    np.savez(folder / SCORES, **sides)
+    figures.roc(scores, folder / ROC)

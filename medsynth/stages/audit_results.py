@@ -1,4 +1,4 @@
-"""The audits of results: does the generator know its patients, and do the synthetic pairs betray them.
+"""The audits of results: what an attack on membership found, and do the synthetic pairs betray patients.
 
 They read real patients of both sides, so what they find is internal. Each runs the same code on a leaky stand-in made
 of phantoms, which must turn it red.
@@ -15,30 +15,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medsynth import logs
-from medsynth.config import Encode, Grid, Study, Train
-from medsynth.diffusion.fitting import fit
-from medsynth.diffusion.generator import Generator, build_generator
-from medsynth.diffusion.recognition import familiarity
+from medsynth.config import Grid, Study
 from medsynth.imaging.cohort import Patient
 from medsynth.imaging.phantom import phantom_pairs
 from medsynth.metrics.membership import FALSE_ALARMS, Attack, area_surely, area_under, attack, grid
 from medsynth.metrics.memorisation import Copies, centred, coarse, copies, relative_distances
-from medsynth.models.autoencoder import build_codec
 from medsynth.privacy.accounting import membership_bound
 from medsynth.privacy.audit.finding import Control, Finding
 from medsynth.randomness import derive_seed, generator
 
 ALARM = 0.6  # an area under the curve that is surely above: members are recognised
 _UNSURE = 0.75  # an interval that reaches here and starts below the alarm says nothing
-_CHANCE, _ATTACKS = 0.001, 3  # that an honest study is stopped by any of its attacks on membership (Bonferroni)
+_CHANCE, _ATTACKS = 0.001, 4  # that an honest study is stopped by any of its attacks on membership (Bonferroni)
 _COPY_EFFECT = 0.15  # by how much the share of copies must exceed chance
 _FEWEST = 8  # patients a side, below which no verdict is given
-_CONTROL_SIZE, _CONTROL_MEMBERS, _CONTROL_STEPS, _COPIED = 16, 8, 200, 24
-_GENERATOR = (
-    "Whoever has the generator and a patient's image asks how well the denoiser knows it. It shows whether training "
-    "patients stand out beside held-out ones; a stronger attack may exist, and only epsilon bounds them all."
-)
+_CONTROL_SIZE, _COPIED = 16, 24
 _PAIRS = (
     "Whoever has only the synthetic pairs looks for the pair that is nearest to a patient's {what}. It shows whether "
     "training patients are nearer than held-out ones; it says nothing of attacks with other distances."
@@ -56,25 +47,6 @@ class Sides:
 
     members: list[Patient]
     strangers: list[Patient]
-
-
-def audit_generator(
-    config: Study, built: Generator, sides: Sides, bound: float, device: torch.device
-) -> tuple[Finding, Scores]:
-    """Attack membership through the generator.
-
-    Args:
-        config: the study.
-        built: the trained generator.
-        sides: patients of both sides; at most ``audit.patients`` of each are scored.
-        bound: greatest area under the curve that the claimed epsilon allows.
-        device: where the generator lies.
-    """
-    count, seed = config.audit.patients, derive_seed(config.seed, "audit", "generator")
-    chosen = Sides(sides.members[:count], sides.strangers[:count])
-    scores = familiar(built, chosen, seed, device)
-    control = attack(*overfitted_scores(seed), config.audit.bootstrap, _random(config, "c"))
-    return _membership(config, "generator", scores, control, bound, "overfitted on phantoms", _GENERATOR), scores
 
 
 def audit_pairs(config: Study, images: Tensor, labels: Tensor, sides: Sides, bound: float) -> Iterator[Finding]:
@@ -102,37 +74,6 @@ def allowed_area(curve: Sequence[tuple[float, float]]) -> float:
         curve: pairs (epsilon, delta), each of which holds; the lowest bound at each rate counts.
     """
     return area_under(np.array([min(membership_bound(*point, float(rate)) for point in curve) for rate in grid()]))
-
-
-def familiar(built: Generator, sides: Sides, seed: int, device: torch.device) -> Scores:
-    """Return one score a patient of each side (see :func:`familiarity`)."""
-
-    def score(patient: Patient) -> float:
-        latents, masks = built.codec.encode(patient.images.to(device)), built.masks(patient.labels.to(device))
-        return familiarity(built.denoiser, latents, masks, seed)
-
-    count = len(sides.members) + len(sides.strangers)
-    people = logs.progress([*sides.members, *sides.strangers], "membership: generator", count)
-    scores = np.array([score(patient) for patient in people])
-    return scores[: len(sides.members)], scores[len(sides.members) :]
-
-
-def overfitted_scores(seed: int) -> Scores:
-    """Return the scores of a small 2D denoiser that was overfitted on a few phantoms, and of fresh phantoms."""
-    space = _control_grid(2)
-    images, labels = map(torch.from_numpy, phantom_pairs(space, 2 * _CONTROL_MEMBERS, seed))
-    settings = Train(channels=(32, 32), norm_groups=8, head_channels=16, ema_decay=0.9, mask_dropout=0.0)
-    codec = build_codec(space, Encode(codec="wavelet", levels=1))
-    codec.calibrate(images)
-    built = build_generator(space, settings, codec)
-    latents, masks = codec.encode(images[:_CONTROL_MEMBERS]), built.masks(labels[:_CONTROL_MEMBERS])
-    stream = torch.Generator().manual_seed(seed)
-    what = "overfitting the control"
-    fit(built.denoiser, lambda _: (latents, masks), what, _CONTROL_STEPS, 4e-3, settings, stream, lambda *_: None)
-    built.denoiser.eval()
-    people = [Patient("", image[None], label[None]) for image, label in zip(images, labels, strict=True)]
-    sides = Sides(people[:_CONTROL_MEMBERS], people[_CONTROL_MEMBERS:])
-    return familiar(built, sides, seed, torch.device("cpu"))
 
 
 def _images(images: Tensor, labels: Tensor) -> Tensor:
@@ -170,16 +111,16 @@ def _nearest(
     bound: float,
 ) -> Finding:
     scores, red = (_split(-table.min(axis=1), side) for table, side in ((found, sides), (control, leaky)))
-    measured = attack(*red, config.audit.bootstrap, _random(config, f"c-{what}"))
+    measured = attack(*red, config.audit.bootstrap, random_stream(config, f"c-{what}"))
     text = _PAIRS.format(what=what)
-    return _membership(config, f"synthetic {what}", scores, measured, bound, "noisy copies of phantoms", text)
+    return judge_membership(config, f"synthetic {what}", scores, measured, bound, "noisy copies of phantoms", text)
 
 
 def _crowding(
     config: Study, what: str, found: NDArray[np.float64], sides: Sides, control: NDArray[np.float64], leaky: Sides
 ) -> Finding:
-    measured = copies(found, _trained(sides), config.audit.bootstrap, _random(config, f"copies-{what}"))
-    red = copies(control, _trained(leaky), config.audit.bootstrap, _random(config, f"copies-c-{what}"))
+    measured = copies(found, _trained(sides), config.audit.bootstrap, random_stream(config, f"copies-{what}"))
+    red = copies(control, _trained(leaky), config.audit.bootstrap, random_stream(config, f"copies-c-{what}"))
     return Finding(
         audit="copy detection",
         subject=f"synthetic {what}",
@@ -203,10 +144,21 @@ def _copy_outcome(found: Copies, sides: Sides) -> Literal["pass", "fail", "canno
     return "fail" if found.share > found.limit(_COPY_EFFECT) else "pass"
 
 
-def _membership(
+def judge_membership(
     config: Study, subject: str, scores: Scores, control: Attack, bound: float, leaky: str, shows: str
 ) -> Finding:
-    found = attack(*scores, config.audit.bootstrap, _random(config, subject))
+    """Return what an attack on membership found, and whether it refutes the claim.
+
+    Args:
+        config: the study.
+        subject: what was attacked.
+        scores: one a patient of each side; members' should be greater.
+        control: the same attack on a leaky stand-in.
+        bound: greatest area under the curve that the claimed epsilon allows.
+        leaky: the stand-in, in words.
+        shows: what the finding does and does not say.
+    """
+    found = attack(*scores, config.audit.bootstrap, random_stream(config, subject))
     allowed = min(ALARM, bound)
     return Finding(
         audit="membership inference",
@@ -238,14 +190,15 @@ def _attack_outcome(found: Attack, allowed: float, fewest: int) -> Literal["pass
 
 def _copied_phantoms(space: Grid, seed: int) -> tuple[Sides, tuple[Tensor, Tensor]]:
     """Return phantom patients of both sides, and synthetic pairs that are noisy copies of the members."""
-    images, labels = map(torch.from_numpy, phantom_pairs(_control_grid(space.spatial_dims), 2 * _COPIED, seed))
+    images, labels = map(torch.from_numpy, phantom_pairs(control_grid(space.spatial_dims), 2 * _COPIED, seed))
     people = [Patient("", image[None], label[None]) for image, label in zip(images, labels, strict=True)]
     noise = torch.randn(images[:_COPIED].shape, generator=torch.Generator().manual_seed(seed))
     sides = Sides(people[:_COPIED], people[_COPIED:])
     return sides, (images[:_COPIED] + 0.1 * noise, labels[:_COPIED])
 
 
-def _control_grid(spatial_dims: int) -> Grid:
+def control_grid(spatial_dims: int) -> Grid:
+    """Return the small grid on which stand-ins leak."""
     values: dict[str, Any] = {"spatial_dims": spatial_dims, "shape": (_CONTROL_SIZE,) * spatial_dims}
     return Grid.model_validate({**values, "labels": {0: "background", 1: "structure"}})
 
@@ -258,5 +211,6 @@ def _split(scores: NDArray[np.float64], sides: Sides) -> Scores:
     return scores[: len(sides.members)], scores[len(sides.members) :]
 
 
-def _random(config: Study, name: str) -> np.random.Generator:
+def random_stream(config: Study, name: str) -> np.random.Generator:
+    """Return the stream of one part of the audits."""
     return generator(config.seed, "audit", name)

@@ -15,7 +15,7 @@ def main(out: str, *named: str) -> None:
     for text in named:
         name, _, run = text.partition("=")
         with np.load(Path(run) / "audit" / "scores.npz") as arrays:
-            scores[name] = arrays["members"], arrays["strangers"]
+            scores[name] = arrays["generator_members"], arrays["generator_strangers"]
     roc(scores, Path(out))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from medsynth.diffusion.recognition import familiarity
+from medsynth.diffusion.recognition import familiarity, resemblance
 from medsynth.metrics.membership import attack
-from medsynth.stages.audit_results import overfitted_scores
+from medsynth.stages.audit_generator import copied_scores, overfitted_scores
 
 
 @pytest.mark.slow
@@ -16,6 +17,35 @@ def test_an_overfitted_denoiser_knows_its_images() -> None:
     members, strangers = overfitted_scores(seed=5)
     found = attack(members, strangers, 1000, np.random.default_rng(0))
     assert found.auc > 0.9 and found.auc_low > 0.75
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_of_a_patients_own_statistics_come_nearer_than_to_others(seed: int) -> None:
+    members, strangers = copied_scores(seed)
+    found = attack(members, strangers, 500, np.random.default_rng(0))
+    assert found.auc > 0.8 and found.auc_low > 0.7
+
+
+def test_resemblance_is_the_error_of_the_mean_draft_in_units_of_the_images_variance() -> None:
+    class Fixed:
+        def __init__(self) -> None:
+            self.streams: list[float] = []
+
+        def draft(self, label: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
+            self.streams.append(float(rng.random()))
+            return np.full((1, *label.shape), 0.5 if len(self.streams) % 2 else -0.5, np.float32)
+
+    image = np.array([[[[1.0, -1.0], [1.0, -1.0]]]], np.float32)
+    label = np.ones((1, 2, 2), np.int64)
+    dresser = Fixed()
+    assert resemblance(dresser, image, label, 3) == pytest.approx(0.0, abs=1e-6)  # the mean draft is 0: all variance
+    assert resemblance(dresser, image + 2, label, 3) == pytest.approx(-np.log(5), abs=1e-5)
+    first, second = dresser.streams[:4], dresser.streams[4:]
+    assert first == second and len(set(first)) == 4
+    empty = np.zeros_like(label)
+    assert resemblance(dresser, image, empty, 3) == 0.0 and len(dresser.streams) == 8, "nothing is drafted for it"
+    both = np.concatenate([image + 2, image]), np.concatenate([label, empty])
+    assert resemblance(dresser, *both, 3) == pytest.approx(-np.log(5), abs=1e-5)
 
 
 def test_the_linear_guess_alone_is_the_zero_of_the_score() -> None:

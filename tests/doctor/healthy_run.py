@@ -110,7 +110,7 @@ def _fill(name: str, folder: Path, study: Study) -> None:
         (folder / HISTORY).write_text(json.dumps({"pretrain_loss": [1.0, 0.6, *[0.4] * 10]}))
     if name == "audit":
         write_audits(folder, audit())
-        np.savez(folder / SCORES, members=np.full(9, 0.81), strangers=np.full(9, 0.8))
+        np.savez(folder / SCORES, generator_members=np.full(9, 0.81), generator_strangers=np.full(9, 0.8))
     if name == "report":
         (folder / "report.json").write_text(json.dumps(report()))
     if name == "masks":

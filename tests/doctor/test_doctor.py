@@ -75,7 +75,9 @@ def history(**series: list[float]) -> Spoil:
 
 
 def scores(members: float, strangers: float) -> Spoil:
-    return lambda run: np.savez(run / "audit" / SCORES, members=np.full(9, members), strangers=np.full(9, strangers))
+    return lambda run: np.savez(
+        run / "audit" / SCORES, generator_members=np.full(9, members), generator_strangers=np.full(9, strangers)
+    )
 
 
 def used(verb: str, **values: float) -> Spoil:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,16 @@ from medsynth.privacy.audit.finding import Control, Finding, refusals
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.mechanism import GaussianSum
 from medsynth.release.audits import read_findings
-from medsynth.stages import audit, audit_mechanisms, audit_results, certify, report_page, synthesise, train
+from medsynth.stages import (
+    audit,
+    audit_generator,
+    audit_mechanisms,
+    audit_results,
+    certify,
+    report_page,
+    synthesise,
+    train,
+)
 from medsynth.stages.audit_results import Sides, allowed_area, audit_pairs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -69,7 +79,8 @@ def test_every_audit_runs_beside_a_control_that_is_caught(
         ("per-unit gradients", "denoiser"),
         *(("distributional step", name) for name in ("appearance", "denoiser")),
         ("one run with canaries", "denoiser"),
-        *(("membership inference", name) for name in ("generator", "synthetic images", "synthetic label maps")),
+        *(("membership inference", name) for name in ("generator", "drafts")),
+        *(("membership inference", f"synthetic {name}") for name in ("images", "label maps")),
         *(("copy detection", f"synthetic {name}") for name in ("images", "label maps")),
     }
     assert {key: one.verdict for key, one in findings.items() if one.verdict in ("broken", "fail")} == {}
@@ -130,6 +141,36 @@ def pairs_of(people: Sequence[Patient]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([person.images for person in people]), torch.cat([person.labels for person in people])
 
 
+@pytest.mark.parametrize(
+    ("steps", "start", "drafts", "attacked"),
+    [
+        (0, 0, True, ["drafts"]),  # an untaught denoiser knows nobody: an attack on it would always pass
+        (2, 0, True, ["generator", "drafts"]),  # whoever gets the generator gets what it was taught, used or not
+        (0, 0.5, True, ["generator", "drafts"]),
+        (2, 1, False, ["generator"]),
+    ],
+)
+def test_what_knows_patients_is_attacked(
+    steps: int,
+    start: float,
+    drafts: bool,
+    attacked: list[str],
+    tiny_settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {**tiny_settings, "audit": QUICK}
+    settings["train"] = {**tiny_settings["train"], "steps": steps}
+    tiny = config.parse({**settings, "synthesise": {**tiny_settings.get("synthesise", {}), "start": start}})
+    apart, alike = (np.arange(9.0) + 100, np.arange(9.0)), (np.arange(9.0), np.arange(9.0))
+    for name, scores in {"familiar": alike, "alike": apart, "overfitted_scores": apart, "copied_scores": alike}.items():
+        monkeypatch.setattr(audit_generator, name, lambda *_, scores=scores: scores)
+    built: Any = SimpleNamespace(dresser=object() if drafts else None)
+    found = list(audit_generator.audit_generator(tiny, built, Sides([], []), 0.9, torch.device("cpu")))
+    assert [finding.subject for finding, _ in found] == attacked
+    verdicts = {finding.subject: finding.verdict for finding, _ in found}
+    assert verdicts.items() <= {"generator": "pass", "drafts": "broken"}.items()
+
+
 def test_pairs_that_copy_their_patients_are_red_and_fresh_pairs_are_not(tiny_settings: dict[str, Any]) -> None:
     tiny = config.parse({**tiny_settings, "audit": QUICK})
     people = phantoms(60, 0)
@@ -152,7 +193,7 @@ def test_strangers_of_an_honest_study_are_not_told_apart_by_chance(tiny_settings
     control = attack(np.ones(20), np.zeros(20), 10, rng)
     for _ in range(300):
         scores = rng.normal(size=12), rng.normal(size=12)
-        found = audit_results._membership(tiny, "x", scores, control, bound, "x", "x")
+        found = audit_results.judge_membership(tiny, "x", scores, control, bound, "x", "x")
         doubted, stopped = doubted + (found.verdict == "fail"), stopped + bool(refusals([found]))
     assert doubted > 3 and stopped == 0
 
@@ -161,7 +202,7 @@ def test_a_study_that_gives_every_patient_away_is_stopped(tiny_settings: dict[st
     tiny, rng = config.parse({**tiny_settings, "audit": QUICK}), np.random.default_rng(0)
     control = attack(np.ones(20), np.zeros(20), 10, rng)
     apart = np.arange(25.0) + 100, np.arange(35.0)
-    found = [audit_results._membership(tiny, "x", apart, control, bound, "x", "x") for bound in (0.7, 0.95, 1.0)]
+    found = [audit_results.judge_membership(tiny, "x", apart, control, bound, "x", "x") for bound in (0.7, 0.95, 1.0)]
     assert {one.verdict for one in found} == {"fail"} and [bool(refusals([one])) for one in found] == [1, 0, 0]
 
 
