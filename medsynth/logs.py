@@ -24,9 +24,19 @@ def say(message: str, **fields: Any) -> None:
     print(json.dumps(record, default=str), file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` while showing a bar (terminal) or a line every ten seconds (batch job)."""
+def progress(items: Iterable[T], what: str, total: int | None = None, inner: bool = False) -> Iterator[T]:
+    """Yield ``items`` while showing a bar (terminal) or a line every ten seconds (batch job).
+
+    Args:
+        items: to go through.
+        what: is done, in a few words.
+        total: number of items, if it is known.
+        inner: whether another progress shows what these items are a part of: a terminal has room for one bar.
+    """
     if sys.stderr.isatty():
+        if inner:
+            yield from items
+            return
         from rich.console import Console
         from rich.progress import track
 

@@ -47,7 +47,7 @@ def _audits(findings: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print what the audits found as a table, then the sentence that says what each can and cannot show."""
+    """Print what the audits found as a table, then what each can and cannot show."""
     from rich.console import Console
     from rich.table import Table
 
@@ -63,8 +63,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
         )
     console = Console()
     console.print(table)
-    for sentence in dict.fromkeys(f"{one.audit}: {one.shows}" for one in findings):
-        console.print(sentence, highlight=False)
+    subjects: dict[tuple[str, str], list[str]] = {}
+    for one in findings:
+        subjects.setdefault((one.audit, one.shows), []).append(one.subject)
+    for (audit, shows), of in subjects.items():
+        console.print(f"{audit} of {', '.join(of)}: {shows}", highlight=False)
 
 
 def _quarantined(reasons: Mapping[str, int]) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from medsynth import store
 from medsynth.config import Study
-from medsynth.summary import summary
+from medsynth.privacy.audit.finding import Control, Finding
+from medsynth.summary import print_findings, summary
 
 
 @pytest.fixture
@@ -50,3 +51,14 @@ def test_the_skill_of_the_pairs_is_told_where_it_was_measured(tiny_study: Study,
     report["dice"]["synthetic_only"] = {**report["dice"]["real_only"], "mean": 0.7, "skill": 0.476}
     path.write_text(json.dumps(report))
     assert "skill synthetic only  0.48 " in summary(tiny_study, run)
+
+
+def test_what_an_audit_shows_is_said_once_and_of_what(capsys: pytest.CaptureFixture[str]) -> None:
+    def finding(subject: str, shows: str) -> Finding:
+        control = Control("leaky", 1.0, True)
+        return Finding("step", subject, "area", 0.5, 0.4, 0.6, 0.6, "pass", True, (control,), shows, True)
+
+    print_findings([finding("masks", "Little."), finding("denoiser", "Little."), finding("drafts", "Less.")])
+    printed = capsys.readouterr().out
+    assert "step of masks, denoiser: Little." in printed and "step of drafts: Less." in printed
+    assert printed.count("Little.") == 1

@@ -156,7 +156,7 @@ def train_segmenter(job: Training, device: torch.device) -> tuple[Segmenter, lis
     )
     losses: list[float] = []
     model.train()
-    for images, labels in batches(job):
+    for images, labels in logs.progress(batches(job), f"training segmenter '{job.name}'", steps, inner=True):
         loss = loss_of(model(images.to(device, memory_format=layout)), labels[:, None].to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
