@@ -86,10 +86,14 @@ def kept_in(run: Path) -> Iterator[None]:
         raise
     except Exception as error:
         name = _keep(error, run)
-        where = f"its traceback is in {FOLDER}/{name} of the run folder" if name else "its traceback could not be kept"
+        where = "its traceback could not be kept"
+        if name:
+            where = (
+                f"its traceback is in {FOLDER}/{name} of the run folder. That file may quote paths and values of the "
+                "cohort: read it inside"
+            )
         raise UnexpectedError(
-            f"{describe(error)}; {where}. That file may quote paths and values of the cohort: read it inside. Finished "
-            "stages stay; the same command goes on where this one stopped"
+            f"{describe(error)}; {where}. Finished stages stay; the same command goes on where this one stopped"
         ) from error
 
 

@@ -180,7 +180,7 @@ def _advice(study: Study, found: BudgetPlan, asked: Asked) -> str:
         return "train.steps is 0: no parameter is trained on patients (plan a training with --steps)"
     privacy, count = study.privacy, asked.parameters or trainable_parameters(study)
     whose = "asked for" if asked.parameters else f"train.trainable: {study.train.trainable}"
-    reached = _reach(study, found)
+    reached, spent = _reach(study, found), max(privacy.epsilon, found.epsilon)
     most = MEASURED.most_parameters(reached)
     advice = "use DP statistics alone (train.steps 0), no DP-SGD"
     if most is not None:
@@ -190,7 +190,7 @@ def _advice(study: Study, found: BudgetPlan, asked: Asked) -> str:
     return "\n".join(
         (
             f"trainable parameters: {count:,} ({whose}): DP-SGD {_verdict(study, found, count)}",
-            f"advice: with {privacy.declared_patients} patients at epsilon {privacy.epsilon:g} {advice}",
+            f"advice: with {privacy.declared_patients} patients at epsilon {spent:g} {advice}",
             f"by the law of scale, measured on phantom cohorts and good to {MEASURED.error:.2f} of skill: "
             "docs/explanation/scale-law.md",
         )

@@ -161,6 +161,23 @@ class Study(Section):
         return self
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last: a section's other settings would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        found: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in found:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+                found.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Study:
     """Read a study from a YAML file.
 
@@ -172,9 +189,11 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Study:
         ConfigError: unreadable file, unknown key, wrong type or a contradiction; the message names the dotted path.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _EachKeyOnce(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"cannot read configuration '{path.name}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration '{path.name}' is no UTF-8 text: save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"configuration '{path.name}' is no valid YAML: {error}") from error
     if not isinstance(raw, dict):

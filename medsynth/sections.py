@@ -11,7 +11,13 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("each number may be given once")
+    return values
 
 
 def _number(value: Any) -> Any:
@@ -332,7 +338,7 @@ class Segment(Section):
     steps: Count = 600
     batch_size: Count = 4
     learning_rate: Positive = 2e-3
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[int, ...], AfterValidator(_each_once)] = (0,)
     augment: bool = True
     largest_component: bool = Field(
         False,
@@ -358,7 +364,7 @@ class Audit(Section):
     generator: bool = Field(True, description="membership inference on the denoiser and on drafts")
     pairs: bool = Field(True, description="membership inference and copy detection on the synthetic pairs alone")
     neighbours: Annotated[int, Field(ge=1)] = Field(2, description="real patients that record-replay takes out")
-    repeats: Annotated[int, Field(ge=10_000)] = Field(50_000, description="runs of a step with, and as many without")
+    repeats: Annotated[int, Field(ge=50_000)] = Field(50_000, description="runs of a step with, and as many without")
     canaries: Annotated[int, Field(ge=100)] = Field(20_000, description="at most; as many as the claim needs are taken")
     patients: Annotated[int, Field(ge=2)] = Field(40, description="at most so many of each side meet the generator")
     bootstrap: Annotated[int, Field(ge=100)] = 1000

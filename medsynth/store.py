@@ -145,6 +145,18 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write one file of a run folder as a whole.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        replace_bytes(path, content)
+    except OSError as error:
+        raise StoreError(f"cannot write the run folder: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def set_aside(out: Path) -> Iterator[None]:
     """Move a finished folder out of the way of its replacement; it comes back when the block raises."""

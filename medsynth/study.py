@@ -17,7 +17,6 @@ from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import rank_and_size
 from medsynth.errors import StoreError
-from medsynth.files import replace_bytes
 from medsynth.privacy.audit.finding import Finding
 from medsynth.release import audits, keys
 from medsynth.site import signing_keys
@@ -262,7 +261,7 @@ def stored_study(run: Path) -> Path:
 
 def _keep_study(study: Study, run: Path) -> None:
     """Store the study in the run, so that its audits can be run again without the configuration at hand."""
-    replace_bytes(run / STUDY, configuration.dump(study).encode())
+    store.write_bytes(run / STUDY, configuration.dump(study).encode())
 
 
 def _keep_resources(run: Path, verb: str, elapsed_s: float) -> None:
@@ -274,7 +273,7 @@ def _keep_resources(run: Path, verb: str, elapsed_s: float) -> None:
         "peak_memory_gib": round(peak_kib / 2**20, 2),
         "machine_memory_gib": round(_machine_memory() / 2**30, 2),
     }
-    replace_bytes(path, (json.dumps(kept, indent=1) + "\n").encode())
+    store.write_bytes(path, (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def _machine_memory() -> int:

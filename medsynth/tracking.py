@@ -34,7 +34,7 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
 }
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
 _NEUTRAL_TAGS = {"mlflow.user": "medsynth", "mlflow.source.name": "medsynth", "mlflow.source.type": "LOCAL"}
@@ -193,6 +193,8 @@ def open_tracker(uri: str | None, experiment: str, run_folder: Path, run_name: s
 
 @contextlib.contextmanager
 def _opened(uri: str | None, experiment: str, folder: Path, run_name: str) -> Iterator[Tracker]:
+    if uri is not None:
+        logs.say("opening the MLflow store of tracking.uri")  # one that is not there is waited for, for minutes
     try:
         with warnings.catch_warnings():
             # MLflow's own imports warn; where warnings are errors they would end half-way, for this whole process.
@@ -223,7 +225,8 @@ def _open_store(uri: str | None, experiment: str, folder: Path) -> _Store:
     from mlflow import MlflowClient
 
     for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        # Their errors come with tracebacks, and with the exception of ours that was under way: see attempt().
+        logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     known = client.get_experiment_by_name(experiment)
     if known is not None:

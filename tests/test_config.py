@@ -61,6 +61,7 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("ingest.patient_id_pattern", "no-group", "needs one group"),
         ("ingest.patient_id_pattern", "(", "no regular expression"),
         ("name", "Tiny Study", "name: "),
+        ("segment.seeds", [0, 0], "segment.seeds: each number may be given once"),
         ("synthesise.volume_scale", {"organ": 0}, "synthesise.volume_scale.organ: Input should be greater than 0"),
         ("synthesise.volume_scale", {"liver": 2}, "a volume of liver, which grid.labels does not hold"),
         ("synthesise.volume_median", {"background": 2}, "a volume of background"),
@@ -161,6 +162,30 @@ def test_a_file_that_is_no_study_is_said_without_its_folder(text: str | None, me
     with pytest.raises(ConfigError, match=message) as caught:
         config.load(path)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_key_that_is_given_twice_is_refused(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """YAML would take the last, and with it another epsilon."""
+    path, text = tmp_path / "study.yaml", yaml.safe_dump(tiny_settings)
+    path.write_text(f"{text}\nprivacy: {{epsilon: 50, declared_patients: 40}}\n")
+    with pytest.raises(ConfigError, match="'privacy' is given twice"):
+        config.load(path)
+    path.write_text(text.replace("privacy:\n", "privacy:\n  epsilon: 3\n  'epsilon': 4\n"))
+    with pytest.raises(ConfigError, match="'epsilon' is given twice"):
+        config.load(path)
+    path.write_text("name: &name tiny\nbase: &base {a: 1}\nother: {<<: *base, a: 2}\n? [1]\n: 2\n")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        config.load(path)
+    path.write_text("shared: &shared {a: 1, b: 2}\nname: {<<: *shared, a: 2}\n")
+    with pytest.raises(ConfigError, match="problem"):  # merging is no repetition
+        config.load(path)
+
+
+def test_a_file_that_is_no_utf8_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes("name: für".encode("latin-1"))
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
+        config.load(path)
 
 
 def test_sections_are_frozen(tiny_settings: dict[str, Any]) -> None:

@@ -215,3 +215,14 @@ def test_a_run_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> No
         store.alone_in(tmp_path / "file" / "x", "output"),
     ):
         pytest.fail("the block ran")
+
+
+def test_a_file_of_the_run_that_cannot_be_written_is_a_store_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "replace_bytes", full)
+    with pytest.raises(StoreError, match="cannot write the run folder: No space left on device"):
+        store.write_bytes(tmp_path / "study.yaml", b"")

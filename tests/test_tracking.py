@@ -122,6 +122,23 @@ def test_a_failing_store_is_reported_once_and_stops_nothing(capsys: pytest.Captu
     assert Broken.calls == tracking._GIVE_UP_AFTER
 
 
+def test_a_broken_database_prints_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """MLflow would log its own, and with it the exception of ours that is under way, message and all."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match="DOE-JANE"),
+        open_tracker(None, "medsynth", tmp_path, "demo") as tracker,
+        tracker.stage("ingest"),
+    ):
+        patch.setattr(os, "environ", os.environ.copy())
+        with sqlite3.connect(tmp_path / "mlflow" / "mlflow.db") as database:
+            database.execute("drop table runs")
+        raise ValueError("/hospital/DOE-JANE is 7")
+    printed = "".join(capfd.readouterr())
+    assert "MLflow failed" in printed
+    assert "DOE-JANE" not in printed and "Traceback" not in printed and "SQL" not in printed
+
+
 def test_a_store_that_cannot_be_opened_gives_a_tracker_that_forgets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

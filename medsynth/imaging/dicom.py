@@ -317,15 +317,17 @@ class HighdicomReader(ImageReader):
 
 
 def label_value(name: str, number: int, grid: Grid) -> int:
-    """Return the grid's label of a segment: by its name (any case), else by its number.
+    """Return the grid's label of a segment: by its name (any case), by its number where it has no name.
+
+    Numbers say nothing where names are declared: another hospital's first structure is not ours.
 
     Raises:
-        CaseRefused: the grid names neither.
+        CaseRefused: the grid does not name it.
     """
     for value, known in grid.labels.items():
         if known.casefold() == name.strip().casefold():
             return value
-    if number in grid.labels:
+    if not name.strip() and number in grid.labels:
         return number
     raise CaseRefused("unknown_label")
 

@@ -191,6 +191,8 @@ def _renamed(values: torch.Tensor, case: Case, grid: Grid) -> torch.Tensor:
     """Translate the data set's label values into the grid's, by name where it declares names."""
     label = torch.zeros(values.shape, dtype=torch.uint8)
     for value in torch.unique(values).tolist():
+        if not math.isfinite(value):
+            raise CaseRefused("non_finite")
         if value != int(value):
             raise CaseRefused("unknown_label")
         if value != 0:

@@ -63,6 +63,27 @@ def to_grid(
     return _slices(images, labels, grid)
 
 
+def resampled_voxels(size: Sequence[int], affine: np.ndarray | None, grid: Grid) -> float:
+    """Return how many voxels a case has at the grid's spacing, before it is cropped or padded.
+
+    Args:
+        size: (*native) of its label map.
+        affine: 4 x 4, voxel to RAS+ mm; None for a photograph.
+        grid: the target; without a spacing the case is resized, and needs no more than it has.
+    """
+    if affine is None or grid.spacing_mm is None:
+        return float(np.prod(size, dtype=float))
+    columns = affine[:3, : len(size)]
+    target = [*grid.spacing_mm, 0.0][: len(size)]  # 0: an axis that is not resampled
+    if len(size) == 3 and (grid.spatial_dims == 3 or grid.slice_axis is not None):
+        if grid.slice_axis is not None:
+            target = list(grid.spacing_mm)
+            target.insert(_AXES[grid.slice_axis], 0.0)
+        target = [target[axis] for axis in np.abs(columns).argmax(0)]
+    finer = [s / t if t > 0 else 1.0 for s, t in zip(np.linalg.norm(columns, axis=0), target, strict=True)]
+    return float(np.prod(np.asarray(size, dtype=float) * finer))
+
+
 def pair_to_grid(image: torch.Tensor, label: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring one pair that has the grid's spacing already (synthetic ones) to its intensities and shape.
 

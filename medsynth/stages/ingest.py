@@ -128,12 +128,14 @@ def _read_one(
     ``owner_of`` (content to person) is the caller's register and is added to.
     """
     from medsynth.imaging.loading import load_case
-    from medsynth.imaging.transforms import to_grid
+    from medsynth.imaging.transforms import resampled_voxels, to_grid
 
     loaded = load_case(case, config.grid, config.ingest)
     wanted = config.ingest.min_foreground_voxels
     if loaded.labelled and int((loaded.label > 0).sum()) < wanted:
         raise CaseRefused("empty_label")
+    if resampled_voxels(loaded.label.shape, loaded.affine, config.grid) > config.ingest.max_voxels:
+        raise CaseRefused("too_large")  # one wrong spacing would ask for more memory than any machine has
     images, labels = to_grid(loaded.image, loaded.label, loaded.affine, config.grid)
     if loaded.labelled and int((labels > 0).sum()) < wanted:
         raise CaseRefused("empty_label")
@@ -164,7 +166,9 @@ def _check(config: Study, outcome: Outcome) -> None:
         raise InputError(
             f"all usable patients fell into '{have}': "
             + (
-                f"change ingest.test_fraction (now {config.ingest.test_fraction:g}) or seed (now {config.seed})"
+                "at least two patients are needed"
+                if len({row.patient_id for row in outcome.rows}) == 1
+                else f"change ingest.test_fraction (now {config.ingest.test_fraction:g}) or seed (now {config.seed})"
                 if config.ingest.split == "hash"
                 else "the train folder and the val or test folder each need at least one usable case"
             )

@@ -17,7 +17,7 @@ from pydicom.uid import generate_uid
 from medsynth import config, store
 from medsynth.config import Study
 from medsynth.errors import InputError, StoreError
-from medsynth.imaging import dicom, loading
+from medsynth.imaging import dicom, loading, transforms
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
 from medsynth.imaging.deidentify import explain
 from medsynth.imaging.dicom import HighdicomReader, find_series, read_segmentation
@@ -298,6 +298,53 @@ def test_broken_nifti_is_quarantined_with_its_reason(tmp_path: Path) -> None:
     assert ingested(study(), tmp_path / "in", tmp_path / "out") == sorted(bad)
 
 
+def test_masks_of_nothing_countable_are_quarantined(tmp_path: Path) -> None:
+    bad = {}
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("half", 1.5)):
+        image, label = picture(60 + len(bad))
+        bad[name] = image, np.where(label == 2, np.float32(value), label).astype(np.float32)
+    put_msd(tmp_path / "in", {**good(6), **bad})
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == ["non_finite", "non_finite", "unknown_label"]
+
+
+def test_names_that_the_grid_does_not_know_are_not_read_as_numbers(tmp_path: Path) -> None:
+    """Another hospital's first structure is not ours, and two of theirs may have the number of one of ours."""
+    assert [dicom.label_value(name, 2, study().grid) for name in ("", " ", "ORGAN ")] == [2, 2, 1]
+    for number in (1, 2, 3):
+        with pytest.raises(CaseRefused, match="use the names that the input declares"):
+            dicom.label_value("tail", number, study().grid)
+    put_msd(tmp_path / "in", good(3), {0: "background", 1: "organ", 2: "tail"})
+    with pytest.raises(InputError, match="3 x unknown_label"):
+        ingested(study(), tmp_path / "in", tmp_path / "out")
+
+
+def test_a_spacing_that_would_fill_the_memory_is_too_large(tmp_path: Path) -> None:
+    wrong = {"case_000": (900.0, 900.0, 900.0), "case_001": (1e6, 1e6, 1e6), "case_002": (2.0, 2.0, 40.0)}
+    put_msd(tmp_path / "in", good(9))
+    for number, (name, spacing) in enumerate(wrong.items()):
+        for array, folder in zip(picture(number), ("imagesTr", "labelsTr"), strict=True):
+            nib.save(nib.Nifti1Image(array, np.diag([*spacing, 1.0])), tmp_path / "in" / folder / f"{name}.nii.gz")
+    limit = {"max_voxels": 5 * SIZE}
+    assert ingested(study(limit), tmp_path / "in", tmp_path / "out") == ["too_large"] * 3
+    # Across slices nothing is resampled, whatever their distance.
+    sliced = study(limit, spatial_dims=2, shape=[12, 12], spacing_mm=[2, 2], slice_axis="S")
+    assert ingested(sliced, tmp_path / "in", tmp_path / "out-2d") == ["too_large"] * 2
+    assert transforms.resampled_voxels((10, 12), np.diag([4.0, 4.0, 1.0, 1.0]), sliced.grid) == 4 * 120
+    assert transforms.resampled_voxels((10, 12), None, sliced.grid) == 120
+
+
+@pytest.mark.parametrize("layout", ["pairs", "nnunet"])
+def test_a_mask_whose_image_is_missing_is_told(layout: str, tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", good(6))
+    (tmp_path / "in/dataset.json").unlink()
+    if layout == "pairs":
+        for old, new in (("imagesTr", "images"), ("labelsTr", "masks")):
+            (tmp_path / "in" / old).rename(tmp_path / "in" / new)
+    masks = tmp_path / "in" / ("masks" if layout == "pairs" else "labelsTr")
+    (masks / "case_000.nii.gz").rename(masks / "case_0oo.nii.gz")
+    assert ingested(study({"layout": layout}), tmp_path / "in", tmp_path / "out") == ["no_image", "no_label"]
+
+
 def test_what_is_too_large_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_dicom(tmp_path / "volumes/dicom", "D", 0)
     put_msd(tmp_path / "volumes/nifti", {"N": picture(1)})
@@ -364,6 +411,12 @@ def test_one_sided_split_is_refused_with_advice(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", good(3))
     with pytest.raises(InputError, match=r"ingest\.test_fraction"):
         ingest.run(study({"test_fraction": 0.0}), {"source": tmp_path / "in"}, tmp_path / "out", Tracker())
+
+
+def test_one_patient_is_told_that_two_are_needed(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", good(1))
+    with pytest.raises(InputError, match="at least two patients"):
+        ingest.run(study(), {"source": tmp_path / "in"}, tmp_path / "out", Tracker())
 
 
 def test_no_name_and_no_path_is_in_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
