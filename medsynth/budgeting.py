@@ -180,7 +180,7 @@ def _advice(study: Study, found: BudgetPlan, asked: Asked) -> str:
         return "train.steps is 0: no parameter is trained on patients (plan a training with --steps)"
     privacy, count = study.privacy, asked.parameters or trainable_parameters(study)
     whose = "asked for" if asked.parameters else f"train.trainable: {study.train.trainable}"
-    reached, spent = _reach(study, found), max(privacy.epsilon, found.epsilon)
+    reached, spent = _reach(study, found), privacy.epsilon if asked.noise is None else found.epsilon
     most = MEASURED.most_parameters(reached)
     advice = "use DP statistics alone (train.steps 0), no DP-SGD"
     if most is not None:

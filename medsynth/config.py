@@ -161,21 +161,33 @@ class Study(Section):
         return self
 
 
-_MERGE = "tag:yaml.org,2002:merge"
+def _read_yaml(text: str) -> Any:
+    """Return what a YAML text holds; a key that is given twice, of which YAML takes the last, is a YAMLError."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_repeated(node, set())
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last: a section's other settings would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node."""
-        found: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-                if key.value in found:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
-                found.add(key.value)
-        return super().construct_mapping(node, deep)
+def _refuse_repeated(node: yaml.Node | None, seen: set[int]) -> None:
+    """Look at a tree before anything is built, which moves merged keys into the nodes that merge them."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        given: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in given:
+                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
+                given.add(key.value)
+            _refuse_repeated(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated(value, seen)
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Study:
@@ -189,7 +201,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Study:
         ConfigError: unreadable file, unknown key, wrong type or a contradiction; the message names the dotted path.
     """
     try:
-        raw = _EachKeyOnce(path.read_text(encoding="utf-8")).get_single_data()
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration '{path.name}': {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -224,7 +236,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ConfigError(f"--set takes name=value, got '{pair}'")
         try:
-            values[name] = yaml.safe_load(text)
+            values[name] = _read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {name}: the value is no valid YAML") from error
     return values

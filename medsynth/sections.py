@@ -106,7 +106,9 @@ class Ingest(Section):
     )
     min_foreground_voxels: Annotated[int, Field(ge=0)] = 1
     max_voxels: Count = Field(
-        2**28, description="voxels times channels of an image or mask, by its header; more is refused before it is read"
+        2**28,
+        description="voxels times channels of an image or mask, by its header, and of the image at the grid's spacing; "
+        "more is refused before it is read, or resampled",
     )
     require_labels: bool = Field(True, description="false: cases without a mask come in too, unlabelled")
     mask_threshold: int = Field(128, description="image/mask folders with two labels: mask value from which it is 1")

@@ -16,7 +16,7 @@ import pytest
 
 from medsynth import accidents, config
 from medsynth.cli import verbs
-from medsynth.errors import BudgetError, UnexpectedError
+from medsynth.errors import BudgetError, ConfigError, UnexpectedError
 
 SECRET = "/cohort/DOE^JANE.dcm"
 
@@ -149,3 +149,13 @@ def test_an_assistant_ends_with_its_code_and_takes_nothing_apart(
     monkeypatch.setenv("RANK", "0")  # it writes and tracks: everything is closed in order
     with pytest.raises(SystemExit):
         verbs.main()
+
+
+@pytest.mark.parametrize(("size", "rank"), [("x", "0"), ("2", "x")])
+def test_variables_of_torchrun_that_are_no_numbers_are_said(
+    size: str, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    assert command(monkeypatch, "run") == ConfigError.exit_code
+    assert "whole numbers" in capsys.readouterr().err

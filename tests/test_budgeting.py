@@ -191,6 +191,8 @@ def test_a_plan_goes_from_epsilon_to_noise_and_back(path: Path, study: Study) ->
     little = shown("plan", path, "--set", "privacy.epsilon=0.5", "--noise", "2", "--parameters", "5")
     assert "this costs more than the budget" in little
     assert "at epsilon 0.5 " not in little, "advice is for what the noise costs"
+    dear = shown("plan", path, "--noise", "900", "--parameters", "5")
+    assert re.search(r"advice: with 200 patients at epsilon 0\.\d+ ", dear)
 
 
 def test_a_plan_goes_from_noise_and_epsilon_to_steps(path: Path, study: Study) -> None:

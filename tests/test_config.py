@@ -179,6 +179,15 @@ def test_a_key_that_is_given_twice_is_refused(tiny_settings: dict[str, Any], tmp
     path.write_text("shared: &shared {a: 1, b: 2}\nname: {<<: *shared, a: 2}\n")
     with pytest.raises(ConfigError, match="problem"):  # merging is no repetition
         config.load(path)
+    path.write_text("x: {base: &A {a: 1}, b: &B {<<: *A, a: 2}}\nc: {<<: *B, a: 3}\nloop: &L [*L]\n")
+    with pytest.raises(ConfigError, match="problem"):
+        config.load(path)
+    for text in ("grid: !!map foo", "grid: !!map [1]"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="no valid YAML"):
+            config.load(path)
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        config.parse_overrides(["privacy={epsilon: 3, epsilon: 4}"])
 
 
 def test_a_file_that_is_no_utf8_is_said(tmp_path: Path) -> None:

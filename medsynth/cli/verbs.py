@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -241,8 +242,9 @@ def main() -> None:
     try:
         _run()
     except SystemExit as ended:
-        if _is_assistant():
-            accidents.end_at_once(ended)
+        with contextlib.suppress(MedsynthError):  # torchrun's variables are no numbers: that was said, nobody assists
+            if _is_assistant():
+                accidents.end_at_once(ended)
         raise
 
 

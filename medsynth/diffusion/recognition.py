@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,7 +15,8 @@ from medsynth.models.denoiser import Denoiser
 
 _LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the noise steps: clear of the ends, where all patients look alike
 _DRAWS = 2
-_DRAFTS = 4  # a label map: their mean is what is drawn, without most of what is drawn by chance
+_OPPOSITES = 2  # pairs of drafts a label map
+_RECORDS = 8  # of one patient at most, evenly spaced: a video has hundreds
 _FLAT = 1e-6  # least variance of an image in [-1, 1]
 
 
@@ -46,23 +50,43 @@ def familiarity(model: Denoiser, latents: Tensor, masks: Tensor, seed: int) -> f
     return -float(torch.log(errors[0] / errors[1]).mean())
 
 
-def resemblance(dresser: Dresser, images: NDArray[np.float32], labels: NDArray[np.integer], seed: int) -> float:
+def resemblance(
+    dresser: Dresser, images: NDArray[np.float32], labels: NDArray[np.integer], stream: Sequence[int]
+) -> float:
     """Return how near drafts for a patient's own label maps come to the patient's images.
 
     Minus the mean log of the mean draft's squared error over the image's variance: that some images are hard for any
-    statistics is taken out in part. The streams of the drafts are the same for every patient. Records without
-    foreground, which nothing is drafted for, are left out; 0 where none is left.
+    statistics is taken out in part. What drafts show by chance would drown what they show of patients, so it is drawn
+    in opposite pairs (Hammersley, Morton 1956), and for each patient anew. Records without foreground, which nothing is
+    drafted for, are left out; 0 where none is left.
 
     Args:
         dresser: the released statistics.
         images: ``(record, channel, *spatial)`` in [-1, 1] of one patient.
         labels: ``(record, *spatial)``.
-        seed: of the drafts.
+        stream: numbers that seed the drafts, of this patient alone.
     """
+    shown = [at for at, label in enumerate(labels) if label.any()]
     found = []
-    for image, label in zip(images, labels.astype(np.uint8), strict=True):
-        if label.any():
-            drafts = [dresser.draft(label, np.random.default_rng(seed + number)) for number in range(_DRAFTS)]
-            error = np.square(image - np.mean(drafts, axis=0)).mean()
-            found.append(-np.log((error + _FLAT) / (image.var() + _FLAT)))
+    for at in shown[:: -(-len(shown) // _RECORDS) or 1]:
+        label, image = labels[at].astype(np.uint8), images[at]
+        seeds = [np.random.SeedSequence([*stream, at, pair]) for pair in range(_OPPOSITES)]
+        drafts = [dresser.draft(label, kind(np.random.PCG64(seed))) for seed in seeds for kind in _SIGNS]
+        error = np.square(image - np.mean(drafts, axis=0)).mean()
+        found.append(-np.log((error + _FLAT) / (image.var() + _FLAT)))
     return float(np.mean(found)) if found else 0.0
+
+
+class _Opposite(np.random.Generator):
+    """A stream whose normal numbers lie opposite, on the other side of their mean."""
+
+    def standard_normal(self, *given: Any, **named: Any) -> Any:
+        """Return minus what the stream would."""
+        return -super().standard_normal(*given, **named)
+
+    def normal(self, loc: Any = 0.0, *given: Any, **named: Any) -> Any:
+        """Return ``loc`` minus what the stream would add to it."""
+        return 2 * loc - super().normal(loc, *given, **named)
+
+
+_SIGNS = (np.random.Generator, _Opposite)

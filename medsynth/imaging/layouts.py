@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -175,16 +175,17 @@ def _nnunet(root: Path, settings: Ingest) -> Iterator[Case]:
     masks = {stem(path): path for path in _files(root / "labelsTr")}
     for name, images in channels.items():
         refused = "channel_mismatch" if len(images) > 1 else None
-        label = (masks.pop(name),) if name in masks else ()
+        label = (masks[name],) if name in masks else ()
         kind = _kind(images[0])
         yield Case(kind, _person(name, settings), tuple(images), label, label_names=names, refused=refused)
-    yield from _without_image(masks, settings)
+    yield from _without_image(masks, channels.keys(), settings)
 
 
-def _without_image(masks: Mapping[str, Path], settings: Ingest) -> Iterator[Case]:
+def _without_image(masks: Mapping[str, Path], images: Collection[str], settings: Ingest) -> Iterator[Case]:
     """A misspelt name leaves a mask without image beside an image without mask: both are told."""
     for name, mask in masks.items():
-        yield Case(_kind(mask), _person(name, settings), (mask,), refused="no_image")
+        if name not in images:
+            yield Case(_kind(mask), _person(name, settings), (mask,), refused="no_image")
 
 
 def _pairs(root: Path, settings: Ingest) -> Iterator[Case]:
@@ -192,9 +193,9 @@ def _pairs(root: Path, settings: Ingest) -> Iterator[Case]:
         masks = {stem(path): path for name in MASK_FOLDERS for path in _files(folder / name)}
         for image in _files(folder / "images"):
             name = stem(image)
-            label = (masks.pop(name),) if name in masks else ()
+            label = (masks[name],) if name in masks else ()
             yield Case(_kind(image), _person(name, settings), (image,), label)
-        yield from _without_image(masks, settings)
+        yield from _without_image(masks, {stem(image) for image in _files(folder / "images")}, settings)
 
 
 def _mixed(root: Path, settings: Ingest) -> Iterator[Case]:

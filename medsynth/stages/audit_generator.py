@@ -102,7 +102,12 @@ def alike(dresser: Dresser, sides: Sides, seed: int) -> Scores:
     """Return one score a patient of each side (see :func:`resemblance`)."""
     count = len(sides.members) + len(sides.strangers)
     people = logs.progress([*sides.members, *sides.strangers], "membership: drafts", count)
-    scores = np.array([resemblance(dresser, one.images.numpy(), one.labels.numpy(), seed) for one in people])
+    scores = np.array(
+        [
+            resemblance(dresser, one.images.numpy(), one.labels.numpy(), (seed, number))
+            for number, one in enumerate(people)
+        ]
+    )
     return scores[: len(sides.members)], scores[len(sides.members) :]
 
 
@@ -114,5 +119,5 @@ def copied_scores(seed: int) -> Scores:
     for number in range(_CONTROL_DRAFTED):
         leaky = Dresser(space, space.statistics(space.vector(images[number], labels[number]), 0.0))
         for side, other in enumerate((number, number + _CONTROL_DRAFTED)):
-            scores[side, number] = resemblance(leaky, images[other : other + 1], labels[other : other + 1], seed)
+            scores[side, number] = resemblance(leaky, images[other, None], labels[other, None], (seed, other))
     return scores[0], scores[1]

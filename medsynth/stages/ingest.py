@@ -105,7 +105,7 @@ def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, nam
     references: set[str] = set()
     refused: list[tuple[Case, str]] = []
     owner_of: dict[str, str] = {}
-    trained = {case.person for case in cases if case.split == "train"}
+    trained = {case.person for case in cases if case.split == "train" and case.refused != "no_image"}
     for case in logs.progress(cases, "ingest", total=len(cases)):
         try:
             if case.split == "test" and case.person in trained:
@@ -134,7 +134,8 @@ def _read_one(
     wanted = config.ingest.min_foreground_voxels
     if loaded.labelled and int((loaded.label > 0).sum()) < wanted:
         raise CaseRefused("empty_label")
-    if resampled_voxels(loaded.label.shape, loaded.affine, config.grid) > config.ingest.max_voxels:
+    voxels = resampled_voxels(loaded.label.shape, loaded.affine, config.grid) * config.grid.channels
+    if voxels > config.ingest.max_voxels:
         raise CaseRefused("too_large")  # one wrong spacing would ask for more memory than any machine has
     images, labels = to_grid(loaded.image, loaded.label, loaded.affine, config.grid)
     if loaded.labelled and int((labels > 0).sum()) < wanted:

@@ -301,6 +301,8 @@ def test_figures_of_a_denoiser_that_is_not_trained_are_not_missed(healthy: Path)
     assert len(gather(healthy).absent) == 2
     changed(healthy, train={"steps": 0, "pretrain_steps": 0}, synthesise={"start": 0})
     assert gather(healthy).absent == ()
+    changed(healthy, train={"pretrain_steps": 100})
+    assert [name for name in gather(healthy).absent if "audit" in name] == [], "an untaught one is not attacked"
 
 
 def test_more_parameters_are_advised_only_where_they_would_gain(healthy: Path) -> None:

@@ -345,6 +345,26 @@ def test_a_mask_whose_image_is_missing_is_told(layout: str, tmp_path: Path) -> N
     assert ingested(study({"layout": layout}), tmp_path / "in", tmp_path / "out") == ["no_image", "no_label"]
 
 
+def test_images_that_share_a_mask_keep_it_and_a_mask_left_behind_is_nobodys_other_side(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for kind in ("images", "masks"):
+            (tmp_path / split / kind).mkdir(parents=True)
+    for path in ("train/images/a.png", "train/images/a.jpg", "train/masks/a.png", "test/images/b.png"):
+        Image.new("L", (40, 30)).save(tmp_path / path)
+    for path in ("test/masks/b.png", "train/masks/b.png"):  # its image was moved to test
+        rng = np.random.default_rng(0)
+        Image.fromarray((255 * (rng.random((30, 40)) > 0.5)).astype(np.uint8)).save(tmp_path / path)
+    for path in ("train/images/a.png", "train/images/a.jpg", "test/images/b.png"):
+        Image.fromarray(np.random.default_rng(len(path)).integers(0, 255, (30, 40)).astype(np.uint8)).save(
+            tmp_path / path
+        )
+    shutil.copy(tmp_path / "train/masks/b.png", tmp_path / "train/masks/a.png")
+    settings = study({"split": "folders"}, spatial_dims=2, shape=[20, 12], spacing_mm=None, labels=POLYP)
+    cases = discover(tmp_path, settings.ingest)
+    assert sorted(len(case.labels) for case in cases if case.refused is None) == [1, 1, 1]
+    assert ingested(settings, tmp_path, tmp_path.with_name("out")) == ["no_image"]
+
+
 def test_what_is_too_large_is_refused_by_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_dicom(tmp_path / "volumes/dicom", "D", 0)
     put_msd(tmp_path / "volumes/nifti", {"N": picture(1)})
