@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medsynth.errors import InputError, StoreError
+from medsynth.imaging.tree import files_below
 
 KEY_FILE = "pseudonym.key"
 QUARANTINE_FILE = "quarantine.csv"
@@ -130,5 +131,7 @@ def explain(cohort: Path, source: Path) -> dict[str, Path]:
         raise StoreError("the cohort folder has no readable key or quarantine list: run ingest again") from None
     if not source.is_dir():
         raise InputError("the input is no folder: give the folder that was ingested")
-    found = {names.reference(relative(path, source)): path for path in sorted(source.rglob("*")) if path.is_file()}
+    closed: list[Path] = []
+    there = sorted(files_below(source, closed))
+    found = {names.reference(relative(path, source)): path for path in [*there, *closed]}
     return {ref: found[ref] for ref in sorted(wanted & found.keys())}

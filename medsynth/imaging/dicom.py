@@ -25,6 +25,7 @@ from scipy import ndimage
 
 from medsynth.config import Grid
 from medsynth.imaging.refusal import CaseRefused
+from medsynth.imaging.tree import files_below
 
 SEGMENTATION_CLASSES = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
 """Segmentation Storage and Label Map Segmentation Storage, PS3.4 B.5."""
@@ -86,11 +87,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Findings:
-    """What lies below a folder: series with pixels, and DICOM files whose header is broken."""
+    """What lies below a folder: series with pixels, DICOM files whose header is broken, and closed folders."""
 
     images: tuple[Series, ...]
     segmentations: tuple[Series, ...]
     unreadable: tuple[Path, ...]
+    closed: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def find_series(folder: Path) -> Findings:
     """
     groups: dict[str, list[tuple[Path, pydicom.Dataset]]] = defaultdict(list)
     unreadable: list[Path] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+    closed: list[Path] = []
+    for path in sorted(p for p in files_below(folder, closed) if not p.name.startswith(".")):
         header = _read_header(path)
         if header is None:
             unreadable.append(path)
@@ -129,6 +132,7 @@ def find_series(folder: Path) -> Findings:
         images=tuple(s for s in series if not s.is_segmentation),
         segmentations=tuple(s for s in series if s.is_segmentation),
         unreadable=tuple(unreadable),
+        closed=tuple(sorted(closed)),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from medsynth.config import Ingest
 from medsynth.errors import InputError
+from medsynth.imaging.tree import files_below
 
 Split = Literal["train", "test"]
 SPLIT_FOLDERS: dict[str, Split] = {
@@ -58,10 +59,20 @@ def discover(root: Path, settings: Ingest) -> list[Case]:
     """List the cases below ``root``, in a stable order.
 
     Raises:
-        InputError: no folder, no known layout, no case, or ``split: folders`` without train and test folders.
+        InputError: no folder or one that may not be read, no known layout, no case, or ``split: folders`` without train
+            and test folders.
     """
     if not root.is_dir():
         raise InputError("the input is no folder: give the folder that holds the cohort")
+    try:
+        return _discover(root, settings)
+    except OSError as error:  # without its path, which may name a patient
+        raise InputError(
+            f"a folder of the input cannot be read ({error.strerror}): give the user who runs this the right to read it"
+        ) from None
+
+
+def _discover(root: Path, settings: Ingest) -> list[Case]:
     if settings.split == "hash":
         cases = list(_cases(root, settings.layout, settings))
     else:
@@ -91,7 +102,7 @@ def detect(root: Path) -> str:
         return "nnunet"
     if _pair_folders(root):
         return "pairs"
-    if any(_looks_like_dicom(path) for path in root.rglob("*")):
+    if any(_looks_like_dicom(path) for path in files_below(root)):
         return "dicom"
     raise InputError(
         "the input has no known layout: expected DICOM series, MSD or nnU-Net (dataset.json), images/ beside masks/, "
@@ -149,6 +160,8 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
         yield Case("dicom", series.patient, series.files, tuple(labels[series.uid]), refused=reason)
     for path in findings.unreadable:
         yield Case("dicom", "", (path,), refused="truncated_dicom")
+    for folder in findings.closed:
+        yield Case("dicom", "", (folder,), refused="unreadable_folder")
 
 
 def _msd(root: Path, settings: Ingest) -> Iterator[Case]:
@@ -239,9 +252,10 @@ def _description(root: Path) -> dict[str, Any]:
 
 
 def _looks_like_dicom(path: Path) -> bool:
-    if not path.is_file():
-        return False
     if path.suffix.lower() in (".dcm", ".dicom", ".ima"):
         return True
-    with path.open("rb") as handle:
-        return handle.read(_MIN_DICOM_BYTES)[128:] == b"DICM"
+    try:
+        with path.open("rb") as handle:
+            return handle.read(_MIN_DICOM_BYTES)[128:] == b"DICM"
+    except OSError:
+        return False

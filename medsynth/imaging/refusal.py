@@ -6,6 +6,7 @@ from medsynth.errors import InputError
 
 REASONS: dict[str, str] = {
     "unreadable_file": "the file cannot be read: copy it again from the source",
+    "unreadable_folder": "this folder, in which patients may be, may not be read: let the user who runs this read it",
     "truncated_dicom": "a DICOM file of this series is cut short or unreadable: send the series again",
     "too_large": "image or mask has more voxels than ingest.max_voxels, as they are or at the grid's spacing: correct "
     "the spacing if it is wrong, crop, or raise the limit if memory allows",
@@ -28,6 +29,7 @@ REASONS: dict[str, str] = {
     "patient_mismatch": "image and segmentation name different patients",
     "patient_in_both_splits": "this patient is in the training folder too: keep each patient in one folder",
     "no_patient_id": "no patient id (0010,0020), or ingest.patient_id_pattern does not match the file name",
+    "unforeseen": "reading it failed in a way that nobody foresaw: look at the files, and report the place in our code",
 }
 """Reason code to what it means and what to do; both are fixed texts, so no identifier can slip in."""
 
@@ -37,8 +39,9 @@ class CaseRefused(InputError):
 
     Args:
         reason: a key of :data:`REASONS`.
+        detail: what may be said of it anywhere; no value of the case.
     """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(REASONS[reason])
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(REASONS[reason] + (f" ({detail})" if detail else ""))
         self.reason = reason

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from medsynth import logs
+from medsynth import accidents, logs
 from medsynth.config import Study
-from medsynth.errors import InputError
+from medsynth.errors import InputError, MedsynthError
 from medsynth.imaging.cohort import CASE_COLUMNS, CASES_FILE, write_case
 from medsynth.imaging.deidentify import (
     QUARANTINE_FILE,
@@ -31,6 +33,11 @@ from medsynth.site import site_key
 from medsynth.stages.inputs import config_digest
 from medsynth.store import Manifest, create
 from medsynth.tracking import Tracker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medsynth.imaging.loading import Loaded
 
 _SEED_SPAN = 1 << 63
 QUARANTINE_COLUMNS = ("ref", "ordinal", "kind", "reason", "message")
@@ -54,7 +61,7 @@ class Outcome:
     """What became of the cases, in the order of discovery."""
 
     rows: tuple[Row, ...]
-    refused: tuple[tuple[Case, str], ...]
+    refused: tuple[tuple[Case, CaseRefused], ...]
     references: frozenset[str] = field(repr=False)
 
 
@@ -87,7 +94,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         refusals = _refusals(outcome.refused, source, names)
         _write_csv(folder.path / QUARANTINE_FILE, QUARANTINE_COLUMNS, refusals)
         patients = len({row.patient_id for row in outcome.rows})
-        reasons = dict(sorted(Counter(reason for _, reason in outcome.refused).items()))
+        reasons = dict(sorted(Counter(refusal.reason for _, refusal in outcome.refused).items()))
         logs.say("ingest", patients=patients, cases=len(outcome.rows), quarantined=len(outcome.refused), **reasons)
         tracker.metrics({"patients": patients, "quarantined": len(outcome.refused)})
         details = {"patients": patients, "cases": len(outcome.rows), "quarantined": reasons}
@@ -103,7 +110,7 @@ def split_of(person: str, config: Study) -> str:
 def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, names: Pseudonyms, key: bytes) -> Outcome:
     rows: list[Row] = []
     references: set[str] = set()
-    refused: list[tuple[Case, str]] = []
+    refused: list[tuple[Case, CaseRefused]] = []
     owner_of: dict[str, str] = {}
     trained = {case.person for case in cases if case.split == "train" and case.refused != "no_image"}
     for case in logs.progress(cases, "ingest", total=len(cases)):
@@ -116,7 +123,7 @@ def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, nam
             # Names of files are no identity: two hospitals both have a case_001.
             references |= {reference_person(key, case.person)} if case.source == "dicom" else set()
         except CaseRefused as refusal:
-            refused.append((case, refusal.reason))
+            refused.append((case, refusal))
     return Outcome(tuple(rows), tuple(refused), frozenset(references))
 
 
@@ -127,6 +134,27 @@ def _read_one(
 
     ``owner_of`` (content to person) is the caller's register and is added to.
     """
+    with _refusing_unforeseen():
+        loaded, images, labels = _on_grid(config, case)
+        content, values = loaded.content, loaded.values
+    if owner_of.setdefault(content, case.person) != case.person:
+        raise CaseRefused("duplicate_content")
+    case_id = names.case(place)
+    write_case(out, case_id, images, labels, config.grid)
+    row = Row(
+        case_id=case_id,
+        patient_id=names.patient(case.person),
+        split=case.split or split_of(case.person, config),
+        source=case.source,
+        records=len(images),
+        labelled=loaded.labelled,
+        content=content,
+    )
+    return row, values
+
+
+def _on_grid(config: Study, case: Case) -> tuple[Loaded, Tensor, Tensor]:
+    """Return a case as the hospital stores it, and its images and label maps on the study's grid."""
     from medsynth.imaging.loading import load_case
     from medsynth.imaging.transforms import resampled_voxels, to_grid
 
@@ -140,25 +168,27 @@ def _read_one(
     images, labels = to_grid(loaded.image, loaded.label, loaded.affine, config.grid)
     if loaded.labelled and int((labels > 0).sum()) < wanted:
         raise CaseRefused("empty_label")
-    if owner_of.setdefault(loaded.content, case.person) != case.person:
-        raise CaseRefused("duplicate_content")
-    case_id = names.case(place)
-    write_case(out, case_id, images, labels, config.grid)
-    row = Row(
-        case_id=case_id,
-        patient_id=names.patient(case.person),
-        split=case.split or split_of(case.person, config),
-        source=case.source,
-        records=len(images),
-        labelled=loaded.labelled,
-        content=loaded.content,
-    )
-    return row, loaded.values
+    return loaded, images, labels
+
+
+@contextlib.contextmanager
+def _refusing_unforeseen() -> Iterator[None]:
+    """Refuse the case at hand, not the cohort, for what nobody foresaw; a machine out of memory is not its fault."""
+    try:
+        yield
+    except (MedsynthError, MemoryError):
+        raise
+    except OSError as error:
+        raise CaseRefused("unreadable_file") from error
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's way to say it, by a RuntimeError
+            raise
+        raise CaseRefused("unforeseen", accidents.describe(error)) from error
 
 
 def _check(config: Study, outcome: Outcome) -> None:
     if not outcome.rows:
-        reasons = Counter(reason for _, reason in outcome.refused)
+        reasons = Counter(refusal.reason for _, refusal in outcome.refused)
         found = "; ".join(f"{count} x {reason} ({REASONS[reason]})" for reason, count in reasons.most_common())
         raise InputError(f"no usable case among {len(outcome.refused)} found: {found}")
     splits = {row.split for row in outcome.rows}
@@ -176,16 +206,16 @@ def _check(config: Study, outcome: Outcome) -> None:
         )
 
 
-def _refusals(refused: Sequence[tuple[Case, str]], source: Path, names: Pseudonyms) -> list[dict[str, str]]:
+def _refusals(refused: Sequence[tuple[Case, CaseRefused]], source: Path, names: Pseudonyms) -> list[dict[str, str]]:
     return [
         {
             "ref": names.reference(relative(case.images[0], source)),
             "ordinal": str(ordinal),
             "kind": case.source,
-            "reason": reason,
-            "message": REASONS[reason],
+            "reason": refusal.reason,
+            "message": str(refusal),
         }
-        for ordinal, (case, reason) in enumerate(refused, start=1)
+        for ordinal, (case, refusal) in enumerate(refused, start=1)
     ]
 
 

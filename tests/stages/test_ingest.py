@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,50 @@ def test_a_broken_part_of_a_segmentation_condemns_its_image(tmp_path: Path) -> N
     assert len(rows(tmp_path / "out" / "cases.csv")) == len(PEOPLE) - 1
 
 
+def test_a_folder_that_may_not_be_read_is_told_and_links_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's glob passes over both in silence, and so would patients be."""
+    source = tmp_path / "in"
+    for index in range(6):
+        put_dicom(source, f"person{index}", index)
+    put_dicom(tmp_path / "archive", "person6", 6)
+    (source / "elsewhere").symlink_to(tmp_path / "archive")
+    (source / "again").symlink_to(tmp_path / "archive" / "person6")
+    (source / "person0" / "back").symlink_to(source)
+    (source / "itself").symlink_to(source / "itself")
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if isinstance(path, Path) and path.name == "person3":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert ingested(study(), source, tmp_path / "out") == ["unreadable_folder"]
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 6
+    assert list(explain(tmp_path / "out", source).values()) == [source / "person3"]
+
+
+def test_an_input_that_may_not_be_read_is_no_fault_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_msd(tmp_path / "in", good(3))
+    (tmp_path / "in" / "dataset.json").unlink()
+
+    listed = Path.iterdir
+
+    def closed(folder: Path) -> Any:
+        if folder.name == "imagesTr":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(InputError, match="right to read") as error:
+        ingested(study(), tmp_path / "in", tmp_path / "out")
+    assert str(tmp_path) not in str(error.value)
+
+
 def test_two_series_in_one_folder_stay_two_series(tmp_path: Path) -> None:
     source = tmp_path / "in"
     for index in range(5):
@@ -431,6 +477,30 @@ def test_one_sided_split_is_refused_with_advice(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", good(3))
     with pytest.raises(InputError, match=r"ingest\.test_fraction"):
         ingest.run(study({"test_fraction": 0.0}), {"source": tmp_path / "in"}, tmp_path / "out", Tracker())
+
+
+def test_what_nobody_foresaw_in_one_case_is_that_cases_fault_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_msd(tmp_path / "in", good(6))
+    read = transforms.to_grid
+
+    def stumbling(image: Any, *rest: Any) -> Any:
+        if np.array_equal(image[0].numpy(), picture(2)[0]):
+            raise error
+        return read(image, *rest)
+
+    monkeypatch.setattr(transforms, "to_grid", stumbling)
+    error: Exception = KeyError("Zyxwvut^Planted")
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == ["unforeseen"]
+    (found,) = rows(tmp_path / "out" / "quarantine.csv")
+    assert "unexpected KeyError in medsynth/stages/ingest.py" in found["message"] and "Zyxwvut" not in found["message"]
+    error = OSError("Zyxwvut^Planted")
+    assert ingested(study(), tmp_path / "in", tmp_path / "broken") == ["unreadable_file"]
+    # A machine without memory is no patient's fault.
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(error)):
+            ingested(study(), tmp_path / "in", tmp_path / "again")
 
 
 def test_one_patient_is_told_that_two_are_needed(tmp_path: Path) -> None:
