@@ -8,9 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from medsynth.errors import PrivacyError
+from medsynth.privacy import entropy as entropy_module
 from medsynth.privacy.entropy import ChaChaEntropy, describe_source, open_entropy
 
 WORD = 2**64
@@ -88,6 +90,23 @@ def test_normals_have_the_moments_of_normals() -> None:
     assert stats.kstest(values, "norm").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("numpy_is_faster", [True, False])
+def test_normals_are_box_and_mullers_whichever_library_computes_them(
+    numpy_is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the words of the standard's keystream, with sine and cosine themselves."""
+    monkeypatch.setattr(entropy_module, "_numpy_is_faster", lambda: numpy_is_faster)
+    key, pairs = bytes(range(32)), 400
+    stream = b"".join(rfc8439_block(key, counter) for counter in range(pairs * 16 // 64))
+    words = np.frombuffer(stream, dtype="<i8").astype(np.float64)
+    radius = 3 * np.sqrt(-2 * np.log((np.abs(words[:pairs]) + 0.5) / 2.0**63))
+    angle = words[pairs:] * (math.pi / 2.0**63)
+    total = torch.full((2 * pairs,), 7.0, dtype=torch.float64)
+    ChaChaEntropy("test_only", key).add_normal(total, 3.0)
+    expected = 7 + np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    np.testing.assert_allclose(total.numpy(), expected, rtol=0, atol=1e-13)
+
+
 def test_angles_are_finer_than_any_grid_of_32_bits() -> None:
     # A pair lies on one of 2^64 rays. On 2^32 rays a ray would meet few cells of the grid far from zero.
     values = open_entropy("test_only", 5).normal(20_000)
@@ -122,7 +141,7 @@ def test_the_largest_normal_is_finite_and_beyond_nine(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("word", [2**63 - 1, 2**63, 2**63 + 1, 2**63 - 1000, 2**63 + 1000])
 def test_the_smallest_radius_is_a_number(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # |v| next to 2^63: the logarithm of a share of almost 1 must not round to above zero.
+    # |v| next to 2^63: the logarithm of a share of almost 1 must not round to above zero, nor a tangent be infinite.
     entropy = open_entropy("test_only")
     monkeypatch.setattr(entropy, "_bytes", _filling(word.to_bytes(8, "little")))
     assert np.isfinite(entropy.normal(64)).all()
