@@ -107,6 +107,22 @@ def test_normals_are_box_and_mullers_whichever_library_computes_them(
     np.testing.assert_allclose(total.numpy(), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("found", "faster"),
+    [
+        ({"log": {"dd": {"current": "X86_V4"}}, "tan": {"dd": {"current": "X86_V4"}}}, True),
+        ({"log": {"dd": {"current": "X86_V3"}}, "tan": {"dd": {"current": "baseline(X86_V2)"}}}, False),
+        ({"log": {"dd": {"current": "ASIMD"}}}, False),
+        ({}, False),
+    ],
+)
+def test_numpy_is_asked_only_where_it_has_both_functions_for_this_processor(
+    found: dict[str, dict[str, dict[str, str]]], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np.lib.introspect, "opt_func_info", lambda **_: found)
+    assert entropy_module._numpy_is_faster.__wrapped__() is faster
+
+
 def test_angles_are_finer_than_any_grid_of_32_bits() -> None:
     # A pair lies on one of 2^64 rays. On 2^32 rays a ray would meet few cells of the grid far from zero.
     values = open_entropy("test_only", 5).normal(20_000)
