@@ -79,6 +79,20 @@ def open_device(compute: Compute) -> torch.device:
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("compute.device is cuda, but torch finds no GPU: set it to auto or cpu")
     use_gpu = compute.device == "cuda" or (compute.device == "auto" and torch.cuda.is_available())
+    if use_gpu:
+        compute_exactly()
     if use_gpu and several:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def compute_exactly() -> None:
+    """Make a GPU multiply single precision in single precision.
+
+    torch lets cuDNN round the factors of convolutions to TF32, 10 bits: weighted sums of gradients would then be 1e-4
+    off their norms, far above what the clip allows (1e-6), and the preflight would refuse every private training.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False

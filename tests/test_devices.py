@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,27 @@ def test_threads_are_no_more_than_a_containers_quota(
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     open_device(Compute(device="cpu"))
     assert taken == [min(expected, 12), 14]
+
+
+@pytest.fixture
+def kept_tf32() -> Iterator[None]:
+    """The settings as they were, afterwards."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("kept_tf32")
+def test_a_gpu_does_not_round_what_must_be_clipped_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own setting rounds factors of convolutions to 10 bits (TF32)."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.backends.cudnn.allow_tf32 = True
+    assert open_device(Compute(device="cpu")).type == "cpu" and torch.backends.cudnn.allow_tf32
+    for asked in ("cuda", "auto"):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        assert open_device(Compute(device=asked)).type == "cuda"
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize(("rank", "code"), [("1", 0), ("0", 8)])
