@@ -226,7 +226,20 @@ def claim(release: Release) -> list[str]:
     limit = 1 / (10 * said["declared_patients"])
     if not 0 < said["delta"] <= limit * (1 + 1e-9):
         problems.append(f"delta {said['delta']:g} is above 1/(10 N) = {limit:g} for the declared patients")
-    return problems
+    return problems + _other_budget(release)
+
+
+def _other_budget(release: Release) -> list[str]:
+    """Whether what the release was made with was reserved for the delta and the budget that are claimed."""
+    claimed = {"epsilon": release.claim["budget"], "delta": release.claim["delta"]}
+    named = {identity for node in release.predicate["ancestry"] for identity in node["ledger_entries"]}
+    return [
+        f"ledger entry {entry['id'][:12]} was reserved for {name} {reserved.get(name)}, the claim says {value:g}"
+        for entry in release.ledger().entries()
+        if entry["id"] in named and isinstance(reserved := entry["budget"], dict)
+        for name, value in claimed.items()
+        if reserved.get(name) != value
+    ]
 
 
 def epsilon(release: Release) -> list[str]:

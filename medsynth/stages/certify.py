@@ -18,7 +18,7 @@ from medsynth.privacy.account import Release
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import Ledger
 from medsynth.release import audits, card, gate, keys, manifests, payload, signing, spending, statement
-from medsynth.release.ancestry import ROOT, Ancestry, walk
+from medsynth.release.ancestry import LINEAGE, ROOT, Ancestry, walk
 from medsynth.release.marks import (
     ANCESTRY,
     CERTIFICATE,
@@ -90,19 +90,25 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
 
 def _other_sources(config: Study, ancestry: Ancestry) -> list[str]:
-    """Return which public folders are not what this study makes: their source would be unknown (pitfall 21).
+    """Return which folders this study's settings do not make.
 
-    The certificate names public inputs by the configuration; a codec from elsewhere may have seen the same patients.
+    The certificate says by the configuration how records became patients, what was declared, which delta was promised
+    and what the public inputs are: all of it must be what ran (pitfalls 2 and 18). A codec or label maps from elsewhere
+    may have seen the same patients (pitfall 21).
     """
     reasons = []
     for node in ancestry.nodes:
-        if node.sensitivity != "public":
-            continue
-        own = config_digest(config, "encode") == node.config_digest if node.stage == "encode" else True
-        if not own or (node.stage == "masks" and set(ancestry.manifests[node.folder].files) != {SETTINGS}):
+        own = node.stage not in LINEAGE or config_digest(config, node.stage) == node.config_digest
+        if node.sensitivity == "public":
+            if not own or (node.stage == "masks" and set(ancestry.manifests[node.folder].files) != {SETTINGS}):
+                reasons.append(
+                    f"'{node.folder}' calls itself public, but this study's settings do not make it, so that its "
+                    f"source is unknown: run stage '{node.stage}' again"
+                )
+        elif not own:
             reasons.append(
-                f"'{node.folder}' calls itself public, but this study's settings do not make it, so that its source is "
-                f"unknown: run stage '{node.stage}' again"
+                f"'{node.folder}' was made with other settings than this study's, so that the certificate would "
+                f"describe another run: certify with the study that made it, or run stage '{node.stage}' again"
             )
     return reasons
 

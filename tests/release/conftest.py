@@ -53,7 +53,7 @@ class Recipe:
     generator_sensitivity: store.Sensitivity = "released"
     synthetic_sensitivity: store.Sensitivity = "released"
     segmenter_feeds_synthetic: bool = False
-    charged_config: str = "train-config"
+    charged_config: str = ""
     report_feeds_synthetic: bool = False
     salt: str = "5a" * 16
     abandoned: int = 0
@@ -62,7 +62,7 @@ class Recipe:
 def make_run(run: Path, recipe: Recipe = Recipe()) -> Path:
     """Write cohort/, autoencoder/, masks/, generator/, synthetic/ and ledger.jsonl into ``run``."""
     ledger = Ledger(run / "ledger.jsonl")
-    with store.create(run / "cohort", "ingest", "ingest-config") as folder:
+    with store.create(run / "cohort", "ingest", config_digest(make_study(), "ingest")) as folder:
         (folder.path / "cases.csv").write_text("case_id,patient_id\nc1,p1\n")
         folder.finish("private", details={"salt": recipe.salt})
     codec_reads = {"cohort": run / "cohort"} if recipe.codec_reads_patients else {}
@@ -88,10 +88,10 @@ def _reserve(
     return ledger.reserve(
         stage,
         plans,
-        epsilon=float("inf"),
+        epsilon=8.0 if (recipe.noise, recipe.abandoned, recipe.nonprivate) == (3.0, 0, False) else float("inf"),
         delta=1e-4,
         noise_source=recipe.noise_source,
-        config_digest=recipe.charged_config if stage == "train" else f"{stage}-config",
+        config_digest=(recipe.charged_config if stage == "train" else "") or config_digest(make_study(), stage),
         parents={name: store.read_manifest(run / name).digest for name in names},
         preflight=PREFLIGHT if stage == "train" else None,
     )
@@ -99,7 +99,9 @@ def _reserve(
 
 def _masks(ledger: Ledger, run: Path, recipe: Recipe) -> None:
     plan = GaussianSum("pose", 4, 1.0, 8.0, 200.0)
-    with store.create(run / "masks", "masks", "masks-config", {"cohort": run / "cohort"}) as folder:
+    with store.create(
+        run / "masks", "masks", config_digest(make_study(), "masks"), {"cohort": run / "cohort"}
+    ) as folder:
         entry = _reserve(ledger, run, recipe, "masks", [plan])
         (folder.path / "statistics.json").write_text("[0.1]")
         ledger.complete(entry, {"statistics.json": store.digest_file(folder.path / "statistics.json")})
@@ -108,7 +110,7 @@ def _masks(ledger: Ledger, run: Path, recipe: Recipe) -> None:
 
 def _generator(ledger: Ledger, run: Path, recipe: Recipe) -> None:
     parents = {name: run / name for name in ("cohort", "autoencoder", "masks")}
-    with store.create(run / "generator", "train", "train-config", parents) as folder:
+    with store.create(run / "generator", "train", config_digest(make_study(), "train"), parents) as folder:
         entry = _reserve(ledger, run, recipe, "train", [_training(recipe)], "autoencoder", "masks")
         (folder.path / "denoiser.safetensors").write_bytes(b"weights")
         if recipe.generator_completes:
@@ -134,7 +136,8 @@ def _synthetic(run: Path, recipe: Recipe) -> None:
         names.append("report")
     grid = make_study().grid
     random = np.random.default_rng(0)
-    with store.create(run / "synthetic", "synthesise", "synth-config", {name: run / name for name in names}) as folder:
+    digest, parents = config_digest(make_study(), "synthesise"), {name: run / name for name in names}
+    with store.create(run / "synthetic", "synthesise", digest, parents) as folder:
         for number, shape in enumerate([(12, 14, 6), (16, 16, 8), (10, 9, 8)]):
             label = np.zeros(shape, np.uint8)
             label[3:7, 3:7, 2:5] = 1

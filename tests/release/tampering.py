@@ -422,6 +422,8 @@ FORGERIES = [
     pytest.param(lambda p: p["implementation"].update(numpy="1\n2"), "implementation names", id="version"),
     pytest.param(lambda p: p["claim"].update(epsilon=0.5), "the certificate claims 0.5", id="epsilon"),
     pytest.param(lambda p: p["claim"].update(delta=1e-3), "above 1/(10 N)", id="delta"),
+    pytest.param(lambda p: p["claim"].update(delta=2e-4), "was reserved for delta 0.0001", id="pitfall_18_delta"),
+    pytest.param(lambda p: p["claim"].update(budget=20.0), "was reserved for epsilon 8.0", id="pitfall_18_budget"),
     pytest.param(lambda p: p["claim"].update(unit="image"), "unit is 'image'", id="pitfall_01_unit"),
     pytest.param(lambda p: p["claim"].update(relation="replace_one"), "relation is", id="relation"),
     pytest.param(lambda p: p["claim"].update(accountant="none"), "accountant is", id="accountant"),

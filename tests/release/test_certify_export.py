@@ -24,6 +24,7 @@ from medsynth.release.ancestry import walk
 from medsynth.release.manifests import certificate_manifest, release_manifest
 from medsynth.release.verify import verify
 from medsynth.stages import certify, export
+from medsynth.stages.inputs import config_digest
 from medsynth.tracking import Tracker
 
 Run = Callable[..., Path]
@@ -75,6 +76,28 @@ def test_pitfall_02_the_linkage_rule_is_stated(certified_run: Path) -> None:
     assert claim["linkage"] in (certified_run / "release" / "PRIVACY.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("other", "folders"),
+    [
+        ({"privacy": {"delta": 5e-4}}, ["masks", "generator"]),
+        ({"privacy": {"declared_patients": 100}}, ["masks", "generator"]),
+        ({"ingest": {"patient_id_pattern": "^(patient[0-9]+)"}}, ["cohort", "masks", "generator"]),
+        ({"train": {"pretrain_phantoms": 5}}, ["generator"]),
+        ({"synthesise": {"pairs": 5}}, ["synthetic"]),
+    ],
+)
+def test_pitfall_18_a_certificate_describes_the_run_and_no_other_study(
+    other: dict[str, dict[str, Any]], folders: list[str], fake_run: Run, fake_study: Make, one_accountant: None
+) -> None:
+    """Linkage rule, delta, declared patients and public inputs are told by the configuration: it must be the run's."""
+    run = fake_run()
+    with pytest.raises(CertificationError) as error:
+        certify.run(fake_study(**other), inputs_of(run), run / "certificate", Tracker())
+    refused = re.findall(r"'(\w+)' was made with other settings", str(error.value))
+    assert sorted(refused) == sorted(folders)
+    certify.run(fake_study(export={"formats": ["nifti"]}), inputs_of(run), run / "certificate", Tracker())
+
+
 def test_pitfall_21_a_codec_that_this_study_did_not_make_is_refused(
     fake_run: Run, fake_study: Make, one_accountant: None
 ) -> None:
@@ -88,7 +111,7 @@ def test_pitfall_21_statistics_from_elsewhere_are_no_public_shapes(
     file: str, refused: bool, fake_run: Run, fake_study: Make, tmp_path: Path
 ) -> None:
     run = fake_run()
-    with store.create(tmp_path / "shapes", "masks", "any") as folder:
+    with store.create(tmp_path / "shapes", "masks", config_digest(fake_study(), "masks")) as folder:
         (folder.path / file).write_text("{}")
         folder.finish("public")
     parents = {"generator": run / "generator", "shapes": tmp_path / "shapes"}

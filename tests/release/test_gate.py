@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def test_absent_ancestor_is_refused(fake_run: Run) -> None:
 def test_ancestor_made_anew_is_refused(fake_run: Run) -> None:
     run = fake_run()
     manifest = run / "generator" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("train-config", "other-config"))
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "config_digest": "0" * 64}))
     with pytest.raises(CertificationError, match="another digest"):
         walk(run / "synthetic", {})
 

@@ -1,0 +1,111 @@
+"""A device that only pretends to be elsewhere, so that code for a GPU is tried where there is none.
+
+Its tensors say that they are on a GPU, hold their values in the main memory, and refuse what a GPU's
+tensors refuse: to be mixed with tensors of the CPU in one operation, and to become numpy arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+DEVICE = torch.device("cuda", 0)
+_NAME = "pretended"
+_aten = torch.ops.aten
+# A GPU, too, takes these from the CPU: values to copy, and indices.
+_MIXING = {_aten.copy_.default, _aten._to_copy.default, _aten.index.Tensor, _aten.index_put_.default}
+_MIXING |= {_aten.index_put.default, _aten._index_put_impl_.default}
+
+
+class _Elsewhere(Tensor):
+    """A tensor of the pretended device; ``here`` holds its values."""
+
+    here: Tensor
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> _Elsewhere:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch's way to make one
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=f"{_NAME}:0",
+        )
+        made.here = here
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return DEVICE
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # torch would make the number a tensor of its device, by a way of its own.
+        super().__setitem__(index, value if isinstance(value, Tensor) else _Elsewhere(torch.tensor(value)))
+
+    def tolist(self) -> Any:
+        return self.here.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("a tensor that is elsewhere becomes no numpy array: copy it to the CPU first")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"elsewhere({self.here!r})"
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    elsewhere = any(isinstance(t, _Elsewhere) for t in given)
+    asked = kwargs.get("device")
+    if elsewhere and func not in _MIXING:
+        strangers = [t for t in given if not isinstance(t, _Elsewhere) and t.dim() > 0]
+        if strangers:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found two")
+    if asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu") if torch.device(asked).type in ("cuda", _NAME) else asked}
+    here = tree_map_only(_Elsewhere, lambda t: t.here, (args, kwargs))
+    found = func(*here[0], **here[1])
+    out = torch.device(asked).type in ("cuda", _NAME) if asked is not None else elsewhere
+    if not out:
+        return found
+    wrapped = tree_map_only(Tensor, lambda t: t if isinstance(t, _Elsewhere) else _Elsewhere(t), found)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if elsewhere and asked is None else wrapped
+
+
+@functools.cache
+def _setup() -> None:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(_NAME)
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[torch.device]:
+    """Give the pretended device for the time of the block."""
+    _setup()
+    with pytest.MonkeyPatch.context() as patch, _Mode():
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        yield DEVICE
