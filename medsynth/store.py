@@ -101,6 +101,42 @@ def partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def settle(out: Path, *, replace: bool = False) -> None:
+    """Put the stage folder in its place that a run had finished when it was killed.
+
+    Without it what the run spent of the privacy budget would be lost with its scratch files.
+
+    Args:
+        out: the stage folder.
+        replace: in the place of a finished one, too.
+
+    Raises:
+        StoreError: it cannot be moved.
+    """
+    finished = _finished(out)
+    if not finished.is_dir() or (out.exists() and not replace):
+        return
+    try:
+        _clear(finished)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(finished, out)
+    except OSError as error:
+        raise StoreError(f"cannot put the finished folder '{out.name}' in its place: {error.strerror}") from error
+
+
+def _finished(out: Path) -> Path:
+    """Return where a finished folder is cleared of what only an interrupted run needs."""
+    return out.with_name(f".{out.name}.finished")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what the manifest does not name."""
+    named = read_manifest(folder).files.keys() | {MANIFEST}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(folder).as_posix() not in named:
+            path.unlink()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a finished stage folder.
 
@@ -216,8 +252,8 @@ class StageFolder:
             ledger_entries: ids of the ledger entries whose outputs lie here.
             details: stage-specific JSON values.
             check: looks at the complete folder before it is renamed into place; when it raises, nothing appears.
-            scratch: files that only an interrupted run needs. They go last, so that one which is stopped while the rest
-                is digested has them still; those that are not there are left out.
+            scratch: files that only an interrupted run needs. They go last, when the folder is finished and has left
+                the place where interrupted runs are looked for; those that are not there are left out.
         """
         values = dict(details or {})
         if sensitivity == "private":
@@ -243,9 +279,9 @@ class StageFolder:
             os.fsync(handle.fileno())
         if check is not None:
             check(self.path)
-        for name in goes:
-            (self.path / name).unlink(missing_ok=True)
-        os.replace(self.path, self.final)
+        shutil.rmtree(_finished(self.final), ignore_errors=True)
+        os.replace(self.path, _finished(self.final))
+        settle(self.final)
         return self.manifest
 
     def _parents(self) -> dict[str, str]:
@@ -275,6 +311,7 @@ def create(
     """
     for parent in (inputs or {}).values():
         read_manifest(parent)
+    settle(out)
     if out.exists():
         raise StoreError(f"'{out.name}' exists already: delete it or pass --replace")
     folder = StageFolder(out, stage, config_digest, inputs or {})

@@ -177,6 +177,7 @@ def run_stage(
         StoreError: the folder was made from others, and ``replace`` is not set.
     """
     out = run / stage.folder
+    store.settle(out, replace=replace)
     if store.is_done(out):
         manifest = store.read_manifest(out)
         changed = _changes(study, stage, manifest, run)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +129,56 @@ def test_a_run_that_is_stopped_while_it_digests_its_files_is_gone_on_with(
     found, folder = begin()
     assert found and folder.manifest is not None and set(folder.manifest.files) == {"value"}
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [MANIFEST, "value"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_folder_that_was_finished_is_put_in_its_place_whenever_its_run_was_killed(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before that, nothing that the run needs to go on is missing."""
+    out, calls = tmp_path / "one", iter(range(99))
+    own = {"replace": os.replace, "unlink": Path.unlink}
+
+    def killed(kind: str) -> Callable[..., None]:
+        def stopped(path: Path, *rest: Any, **named: Any) -> None:
+            if moment == next(calls):
+                raise KeyboardInterrupt
+            own[kind](path, *rest, **named)
+
+        return stopped
+
+    with pytest.raises(KeyboardInterrupt), store.create(out, "s", "1", keep_partial=True) as folder:
+        for name in ("value", "steps", "state"):
+            (folder.path / name).write_text(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed("replace"))
+            patch.setattr(Path, "unlink", killed("unlink"))
+            folder.finish("public", scratch=["steps", "state"])
+    assert not store.is_done(out)
+    if moment == 0:
+        assert all((store.partial(out) / name).exists() for name in ("value", "steps", "state"))
+        return
+    store.settle(out)
+    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "value"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_what_was_finished_as_a_replacement_waits_until_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "one"
+    old = finished(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "settle", lambda *_: None)  # killed before it
+        with pytest.raises(StoreError), store.set_aside(out), store.create(out, "s", "2") as folder:
+            (folder.path / "value").write_text("new")
+            folder.finish("public")
+            raise StoreError("stopped")
+    assert store.read_manifest(out) == old
+    store.settle(out)
+    assert store.read_manifest(out) == old
+    store.settle(out, replace=True)
+    assert (out / "value").read_text() == "new" and store.read_manifest(out).config_digest == "2"
 
 
 def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:

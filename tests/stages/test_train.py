@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_a_training_without_privacy_killed_after_it_was_completed_ends_with_othe
 ) -> None:
     study = changed(without_privacy(tiny_settings), trainable="all")
     inputs = before_training(study, tmp_path)
-    kill_before_scratch_goes(study, inputs, monkeypatch)
+    kill_before_it_is_finished(study, inputs, monkeypatch)
     monkeypatch.setattr(fitting, "row_loss", lambda *arguments: 1.001 * row_loss(*arguments))
     manifest = train.run(study, inputs, inputs["generator"], Tracker())
     assert manifest.sensitivity == "internal"
@@ -139,16 +140,16 @@ def reservations(inputs: dict[str, Path]) -> list[dict[str, Any]]:
     return [e for e in Ledger(inputs["ledger"]).entries() if e["mechanisms"] == ["dp_sgd:denoiser"]]
 
 
-def kill_before_scratch_goes(study: Study, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    unlink = Path.unlink
+def kill_before_it_is_finished(study: Study, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.replace
 
-    def stopped(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "pretrained.safetensors":  # the first scratch file that goes, after the ledger's last line
+    def stopped(source: Path, *rest: Any) -> None:
+        if Path(source) == store.partial(inputs["generator"]):  # after the ledger's last line
             raise Killed
-        unlink(path, missing_ok)
+        rename(source, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stopped)
+        patch.setattr(os, "replace", stopped)
         with pytest.raises(Killed):
             train.run(study, inputs, inputs["generator"], Tracker())
 
@@ -358,13 +359,36 @@ def test_a_run_killed_after_its_last_step_ends_with_the_same_weights(
     study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = before_training(study, tmp_path)
-    kill_before_scratch_goes(study, inputs, monkeypatch)
+    kill_before_it_is_finished(study, inputs, monkeypatch)
     before = load_file(store.partial(inputs["generator"]) / WEIGHTS)
     assert reservations(inputs)[0]["status"] == "complete"
     train.run(study, inputs, inputs["generator"], Tracker())
     after = load_file(inputs["generator"] / WEIGHTS)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(reservations(inputs)) == 1
+
+
+@pytest.mark.parametrize("last", ["checkpoint.pt", "steps.jsonl", "state.json"])
+def test_a_run_killed_while_its_scratch_goes_is_finished_and_not_paid_twice(
+    last: str, study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    unlink = Path.unlink
+
+    def stopped(path: Path, missing_ok: bool = False) -> None:
+        if path.name == last and (path.parent / "manifest.json").exists():
+            raise Killed
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+    assert not store.is_done(inputs["generator"])
+    store.settle(inputs["generator"])  # as every stage is begun
+    manifest = store.read_manifest(inputs["generator"])
+    assert dict(manifest.files) == store.digest_tree(inputs["generator"])
+    assert [entry["status"] for entry in reservations(inputs)] == ["complete"]
 
 
 @pytest.mark.parametrize("how", ["deleted", "other settings", "no state", "no journal"])
