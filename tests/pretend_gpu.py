@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 DEVICE = torch.device("cuda", 0)
 _NAME = "pretended"
@@ -65,6 +66,9 @@ class _Elsewhere(Tensor):
     def numpy(self, **_: Any) -> Any:
         raise TypeError("a tensor that is elsewhere becomes no numpy array: copy it to the CPU first")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.here.__reduce_ex__(protocol)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"elsewhere({self.here!r})"
 
@@ -93,11 +97,27 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if elsewhere and asked is None else wrapped
 
 
+class _Module(_DummyBackendModule):
+    def get_rng_state(self, _: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, _: Any) -> None:
+        torch.set_rng_state(state)
+
+
+def _made(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``torch.tensor`` or ``torch.as_tensor``, which ask no mode, for the pretended device as well."""
+
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        found = make(*args, **kwargs)
+        return found if device is None else found.to(device)
+
+    return made
+
+
 @functools.cache
 def _setup() -> None:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    _setup_privateuseone_for_python_backend(_NAME)
+    _setup_privateuseone_for_python_backend(_NAME, backend_module=_Module())
 
 
 @contextlib.contextmanager
@@ -108,4 +128,8 @@ def pretended_gpu() -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
+        for name in ("tensor", "as_tensor"):
+            patch.setattr(torch, name, _made(getattr(torch, name)))
         yield DEVICE

@@ -26,6 +26,8 @@ from medsynth.imaging.refusal import CaseRefused
 AFFINE_TOLERANCE_MM = 0.1
 """Image and mask were often written by different programs, which round their affines differently."""
 _LOSSY = (".jpg", ".jpeg")
+_DEEP = ("I;16", "I;16L", "I;16B", "I", "F")
+"""Pillow's names of grey images with more than 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Loaded:
         label: (*native) uint8; all zero where the case has no mask.
         affine: 4 x 4, voxel to RAS+ mm; None for a photograph.
         labelled: whether a mask was given.
+        stored: the image's values whatever the grid's channels: by them a site knows it again in another study.
     """
 
     image: torch.Tensor
     label: torch.Tensor
     affine: np.ndarray | None
     labelled: bool
+    stored: torch.Tensor
 
     @property
     def content(self) -> str:
@@ -57,7 +61,7 @@ class Loaded:
     @property
     def values(self) -> str:
         """SHA-256 of the sorted voxel values: the same however the picture is turned, mirrored or stored."""
-        array = np.sort(self.image.numpy(), axis=None)
+        array = np.sort(self.stored.numpy(), axis=None)
         return hashlib.sha256(np.ascontiguousarray(array, dtype="<f4").tobytes()).hexdigest()
 
 
@@ -73,29 +77,40 @@ def load_case(case: Case, grid: Grid, settings: Ingest) -> Loaded:
         raise CaseRefused("no_patient_id")
     if settings.require_labels and not case.labels:
         raise CaseRefused("no_label")
-    image, affine = _image(case, grid, settings.max_voxels)
+    image, affine, stored = _image(case, grid, settings.max_voxels)
     if not bool(torch.isfinite(image).all()):
         raise CaseRefused("non_finite")
     if float(image.min()) == float(image.max()):
         raise CaseRefused("constant_image")
     label = _label(case, image, affine, grid, settings)
-    return Loaded(image, label, affine, labelled=bool(case.labels))
+    return Loaded(image, label, affine, bool(case.labels), stored)
 
 
-def _image(case: Case, grid: Grid, max_voxels: int) -> tuple[torch.Tensor, np.ndarray | None]:
+def _image(case: Case, grid: Grid, max_voxels: int) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
+    """Return image, affine and the values as they are stored."""
+    if case.source == "raster":
+        return _photograph(case.images[0], grid.channels, max_voxels)
     if case.source == "dicom":
         array, affine = _read([str(p) for p in case.images], HighdicomReader())
-    elif case.source == "nifti":
-        array, affine = _nifti(case.images[0], max_voxels)
     else:
-        mode = "RGB" if grid.channels == 3 else "L"
-        array, affine = _raster(case.images[0], lambda image: image.convert(mode), max_voxels), None
-    axes = 2 if case.source == "raster" else 3
-    if array.ndim == axes + 1:
-        return _channel_first(array), affine
-    if array.ndim not in (axes, 2):
+        array, affine = _nifti(case.images[0], max_voxels)
+    if array.ndim not in (2, 3, 4):
         raise CaseRefused("multiple_frames")
-    return array[None], affine
+    image = _channel_first(array) if array.ndim == 4 else array[None]
+    return image, affine, image
+
+
+def _photograph(path: Path, channels: int, max_voxels: int) -> tuple[torch.Tensor, None, torch.Tensor]:
+    """Return a raster image with so many channels, and its values in colour.
+
+    Grey values of more than 8 bits are kept: Pillow would cut them off at 255.
+    """
+    stored = _raster(path, lambda image: image if image.mode in _DEEP else image.convert("RGB"), max_voxels)
+    if stored.ndim == 2:
+        return stored.expand(channels, -1, -1).contiguous(), None, stored
+    colour = _channel_first(stored)
+    image = colour if channels == 3 else _raster(path, lambda image: image.convert("L"), max_voxels)[None]
+    return image, None, colour
 
 
 def _channel_first(array: torch.Tensor) -> torch.Tensor:
@@ -177,7 +192,7 @@ def _label(case: Case, image: torch.Tensor, affine: np.ndarray | None, grid: Gri
 
 def _grey(image: Any) -> Any:
     """Keep indices and grey values; a coloured mask becomes its luminance."""
-    return image if image.mode in ("P", "L", "I;16", "I") else image.convert("L")
+    return image if image.mode in ("P", "L", *_DEEP) else image.convert("L")
 
 
 def _farthest_mm(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:

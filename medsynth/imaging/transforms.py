@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
@@ -43,17 +44,13 @@ def to_grid(
     if image.shape[0] != grid.channels:
         raise CaseRefused("channel_mismatch")
     volume = image.ndim == 4
-    if volume and grid.spatial_dims == 2 and grid.slice_axis is None:
-        if image.shape[-1] != 1:
+    if not volume and grid.spatial_dims == 3:
+        raise CaseRefused("dimension_mismatch")
+    if not volume or (grid.spatial_dims == 2 and grid.slice_axis is None):
+        if volume and image.shape[-1] != 1:
             raise CaseRefused("dimension_mismatch")
-        spacing = None if affine is None else np.linalg.norm(affine[:3, :2], axis=0)
-        planes = _in_plane(image[..., 0], label[..., 0], spacing, grid)
-        return planes[0][None], planes[1][None]
-    if not volume:
-        if grid.spatial_dims == 3:
-            raise CaseRefused("dimension_mismatch")
-        spacing = None if affine is None else np.linalg.norm(affine[:2, :2], axis=0)
-        planes = _in_plane(image, label, spacing, grid)
+        flat, mask = (image[..., 0], label[..., 0]) if volume else (image, label)
+        planes = _in_plane(*_turned(flat, mask, affine), grid)
         return planes[0][None], planes[1][None]
     images, labels = _orient(image, label, affine)
     if grid.spatial_dims == 3:
@@ -129,6 +126,18 @@ def _resize(image: torch.Tensor, label: torch.Tensor, shape: Sequence[int]) -> t
     shrinks = any(old > new for old, new in zip(image.shape[1:], size, strict=True))
     mode = "area" if shrinks else ("bilinear" if len(size) == 2 else "trilinear")
     return Resize(size, mode=mode)(image.float()), Resize(size, mode="nearest-exact")(label.float())
+
+
+def _turned(
+    image: torch.Tensor, label: torch.Tensor, affine: np.ndarray | None
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray | None]:
+    """Return one 2D image, its label map and its spacing with both axes towards right, anterior or superior."""
+    if affine is None:
+        return image, label, None
+    images, labels = _orient(image[..., None], label[..., None], affine)
+    normal = int(nib.orientations.io_orientation(affine)[2, 0])
+    spacing = np.delete(np.linalg.norm(np.asarray(images.affine)[:3, :3], axis=0), normal)
+    return images.select(normal + 1, 0), labels[0].select(normal, 0), spacing
 
 
 def _in_plane(

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 from pydicom.uid import generate_uid
 
@@ -21,7 +22,7 @@ from medsynth.config import Study
 from medsynth.errors import InputError, StoreError
 from medsynth.imaging import dicom, loading, transforms
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
-from medsynth.imaging.deidentify import explain
+from medsynth.imaging.deidentify import explain, read_references
 from medsynth.imaging.dicom import HighdicomReader, find_series, read_segmentation
 from medsynth.imaging.dicom_segmentation import write_segmentation
 from medsynth.imaging.dicom_writer import SeriesMeta, write_series
@@ -695,3 +696,79 @@ def test_real_hippocampi_and_polyps_come_in(real_data: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert ingested(polyps, tmp_path / "k", tmp_path / "out-k") == []
     assert len(load_patients(tmp_path / "out-k", polyps.grid, "test")) == 3
+
+
+def put_photographs(root: Path, count: int, mode: str = "RGB") -> Path:
+    rng = np.random.default_rng(8)
+    for index in range(count):
+        for folder in ("images", "masks"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        mask = np.zeros((40, 30), np.uint8)
+        mask[5:20, 8:22] = 255
+        Image.fromarray(mask).save(root / "masks" / f"{index}.png")
+        colour = Image.fromarray(rng.integers(0, 255, (40, 30, 3)).astype(np.uint8))
+        colour.convert(mode).save(root / "images" / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_a_site_knows_photographs_again_whatever_the_studys_channels(mode: str, tmp_path: Path) -> None:
+    source = put_photographs(tmp_path / "in", 8, mode)
+    known = []
+    for channels in (1, 3):
+        grid = {"spatial_dims": 2, "shape": [20, 16], "spacing_mm": None, "channels": channels, "labels": POLYP}
+        assert ingested(study(**grid), source, tmp_path / f"out{channels}") == []
+        known.append(read_references(tmp_path / f"out{channels}").names)
+    assert known[0] == known[1] and len(known[0]) == 8
+
+
+@pytest.mark.filterwarnings("ignore:NvImgCodec")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_photographs_of_16_bits_keep_their_contrast(channels: int, tmp_path: Path) -> None:
+    """Pillow's own conversion cuts them off at 255."""
+    source = put_photographs(tmp_path / "in", 6)
+    ramp = np.linspace(0, 60_000, 40 * 30).reshape(40, 30).astype(np.uint16)
+    for path in (source / "images").iterdir():
+        Image.fromarray(ramp + np.uint16(int(path.stem))).save(path)
+    grid = study(spatial_dims=2, shape=[32, 40], spacing_mm=None, channels=channels, labels=POLYP).grid
+    found = load_case(next(iter(discover(source, study().ingest))), grid, study().ingest)
+    assert found.image.shape == (channels, 30, 40) and len(torch.unique(found.image)) == 1200
+    placed, _ = transforms.to_grid(found.image, found.label, found.affine, grid)
+    assert float((placed.abs() > 0.99).float().mean()) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:NvImgCodec")
+@pytest.mark.parametrize("kind", ["nifti", "dicom"])
+def test_a_single_image_lies_as_its_geometry_says(kind: str, tmp_path: Path) -> None:
+    """Columns towards the right and rows towards anterior, however it is stored; as releases are written."""
+    image, label = np.zeros((12, 12, 1), np.int16), np.zeros((12, 12, 1), np.uint8)
+    image[:] = np.arange(144).reshape(12, 12, 1)
+    label[8:11, 1:3] = 1  # at high x and low y
+    placed = []
+    for number, axes in enumerate(("RAS", "LPS", "LAS", "PRS")):
+        turn = nib.orientations.ornt_transform(
+            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(tuple(axes))
+        )
+        arrays = [nib.orientations.apply_orientation(array, turn) for array in (image, label)]
+        affine = np.eye(4) @ nib.orientations.inv_ornt_aff(turn, image.shape)
+        root = tmp_path / f"{number}"
+        for person in range(3):
+            if kind == "nifti":
+                put_nifti_pair(root, f"case_{person}", arrays[0] + np.int16(person), arrays[1], affine)
+            else:
+                meta = SeriesMeta(modality="MR", patient_id=str(person), patient_name="X^Y", synthetic=False)
+                series = write_series(root / f"{person}", arrays[0] + np.int16(person), affine, meta)
+                write_segmentation(root / f"{person}" / "seg.dcm", arrays[1], series, LABELS)
+        cases = discover(root, study().ingest)
+        grid = study(spatial_dims=2, shape=[12, 12], spacing_mm=[1, 1]).grid
+        loaded = load_case(cases[0], grid, study().ingest)
+        placed.append(transforms.to_grid(loaded.image, loaded.label, loaded.affine, grid))
+    for images, labels in placed:
+        assert torch.equal(labels[0], torch.from_numpy(label[..., 0]))
+        assert torch.equal(images, placed[0][0])
+
+
+def put_nifti_pair(root: Path, name: str, image: np.ndarray, label: np.ndarray, affine: np.ndarray) -> None:
+    for folder, array in (("images", image), ("labels", label)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, affine), root / folder / f"{name}.nii.gz")

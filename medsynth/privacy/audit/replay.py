@@ -192,6 +192,7 @@ def _finding(subject: str, value: float, controls: dict[str, float], number: int
 
 
 def _length(difference: NDArray[np.float64] | Tensor) -> float:
-    values = np.asarray(difference, dtype=np.float64)
+    here = difference if isinstance(difference, np.ndarray) else difference.cpu()
+    values = np.asarray(here, dtype=np.float64)
     length = float(np.linalg.norm(values))
     return length if math.isfinite(length) else math.inf
