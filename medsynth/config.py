@@ -248,14 +248,14 @@ def dump(study: Study) -> str:
 
 
 def flatten(study: Study) -> dict[str, str]:
-    """Return every leaf of the study by dotted path, as text."""
+    """Return every leaf of the study by dotted path, as text, but those of ``tracking``, which may hold a password."""
 
     def walk(prefix: str, value: Any) -> dict[str, str]:
         if isinstance(value, dict) and value:
             return {k: v for key, child in value.items() for k, v in walk(f"{prefix}.{key}", child).items()}
         return {prefix.removeprefix("."): str(value)}
 
-    return walk("", study.model_dump(mode="json"))
+    return walk("", study.model_dump(mode="json", exclude={"tracking"}))
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:

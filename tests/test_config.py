@@ -136,6 +136,11 @@ def test_every_leaf_has_a_dotted_path(tiny_settings: dict[str, Any]) -> None:
     assert not any("{" in value and value != "{}" for value in leaves.values())
 
 
+def test_what_is_told_of_a_study_names_no_password_of_its_tracking(tiny_settings: dict[str, Any]) -> None:
+    study = config.parse({**tiny_settings, "tracking": {"uri": "https://user:secret@example.org"}})
+    assert not any("secret" in value for value in config.flatten(study).values())
+
+
 def test_overrides_replace_values_and_make_sections(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in tiny_settings.items() if k != "export"}))

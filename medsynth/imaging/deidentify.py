@@ -54,7 +54,7 @@ class References:
 
     Attributes:
         key_id: which key it was, without telling the key.
-        names: one a DICOM Patient ID with its issuer and one a picture's voxel values; private, as is their number.
+        names: one a DICOM Patient ID and one a picture's voxel values; private, as is their number.
     """
 
     key_id: str
@@ -62,7 +62,7 @@ class References:
 
 
 def reference_person(key: bytes, person: str) -> str:
-    """Return the reference of a patient by the hospital's own identifier (DICOM Patient ID with its issuer)."""
+    """Return the reference of a patient by the hospital's own identifier (DICOM Patient ID)."""
     return _keyed(key, "person", person)
 
 

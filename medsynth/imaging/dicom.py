@@ -38,12 +38,11 @@ _HEADER_TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
     "PatientID",
-    "IssuerOfPatientID",
     "FrameOfReferenceUID",
     "ReferencedSeriesSequence",
     *_EXTENT,
 ]
-_ISSUER_OF_PATIENT_ID = 0x00100021
+_PATIENT_ID = 0x00100020
 _SERIES_INSTANCE_UID = 0x0020000E
 
 
@@ -68,7 +67,7 @@ class Series:
 
     Attributes:
         files: the instances.
-        patient: Patient ID (0010,0020) with its issuer (0010,0021), "" where absent.
+        patient: Patient ID (0010,0020), "" where absent.
         frame_of_reference: Frame of Reference UID, "" where absent.
         voxels: what the pixels unfold to by their headers, voxels times channels.
         referenced_series: Series Instance UIDs that a segmentation refers to.
@@ -167,7 +166,7 @@ def _owner(path: Path) -> _Owner:
         with path.open("rb") as handle:
             header = read_partial(handle, stop_when=past_series, force=True)
         # The last element may be cut short, and a part of an identifier can be somebody else's.
-        patient = patient_of(header) if last > _ISSUER_OF_PATIENT_ID else ""
+        patient = patient_of(header) if last > _PATIENT_ID else ""
         return _Owner(patient, str(header.get("SeriesInstanceUID") or "") if last > _SERIES_INSTANCE_UID else "")
     except Exception:  # a damaged header makes pydicom raise nearly anything
         return _Owner()
@@ -198,10 +197,12 @@ def _voxels(header: pydicom.Dataset) -> int:
 
 
 def patient_of(header: pydicom.Dataset) -> str:
-    """Return the person: Patient ID (0010,0020) and, where given, Issuer of Patient ID (0010,0021); "" where absent."""
-    identifier = str(header.get("PatientID") or "").strip()
-    issuer = str(header.get("IssuerOfPatientID") or "").strip()
-    return f"{identifier}^{issuer}" if identifier and issuer else identifier
+    """Return the person: Patient ID (0010,0020); "" where absent.
+
+    Whatever its issuer: often only some files of a person name one. Two people with one identifier count as one, which
+    protects both.
+    """
+    return str(header.get("PatientID") or "").strip()
 
 
 def image_of(segmentation: Series, images: Iterable[Series]) -> Series | None:

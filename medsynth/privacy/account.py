@@ -354,6 +354,12 @@ def _check_sweep(lines: Sequence[Record], new: Record) -> None:
 
 
 def _check_limits(lines: Sequence[Record], new: Record) -> None:
+    if limits_of(lines) and len(counted_events([new])) < len(events_of([new])):
+        raise BudgetError(
+            f"stage '{new['stage']}' reads these patients without a mechanism, which no limit of their account allows: "
+            "set a finite privacy.epsilon, use other patients, or have whoever answers for them lift it (medsynth "
+            "budget limit)"
+        )
     for most, delta in limits_of(lines):
         before, added = counted_events([line for line in lines if line["type"] == "reserve"]), counted_events([new])
         after = epsilon([*before, *added], delta)

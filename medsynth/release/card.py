@@ -222,7 +222,12 @@ def _title(dataset: Mapping[str, Any]) -> str:
 
 
 def _factor(epsilon: float) -> str:
-    factor = f"{math.exp(epsilon):.3g}" if epsilon < 7 else f"{_three_digits(math.exp(min(epsilon, 700.0))):,}"
+    # Rounded up, as everything that bounds.
+    factor = (
+        f"{math.ceil(math.exp(epsilon) * 100) / 100:g}"
+        if epsilon < 7
+        else f"{_three_digits(math.exp(min(epsilon, 700.0))):,}"
+    )
     return f"e^{epsilon:g} = {factor} times"
 
 

@@ -51,7 +51,16 @@ def contents(release: Release) -> list[str]:
             problems += _other_keys(name, row, known)
     problems += _audits(said["audits"])
     problems += _versions(said["implementation"])
-    return problems + [
+    return problems + promises(said)
+
+
+def promises(said: Mapping[str, Any]) -> list[str]:
+    """Return which free words of a statement promise something, or hide something.
+
+    Args:
+        said: a predicate, or its ``dataset``, ``claim``, ``public_inputs`` and ``audits`` alone.
+    """
+    return [
         f"{where} holds a promise or a control character of its own: {text!r}"
         for where, text in _free_words(said)
         if not isinstance(text, str) or not text.isprintable() or _A_PROMISE.search(text)

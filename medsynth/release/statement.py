@@ -21,7 +21,7 @@ from medsynth.release.marks import STATEMENT_TYPE
 if TYPE_CHECKING:  # whoever verifies needs no pydantic
     from medsynth.config import Study
 
-PREDICATE_TYPE = "urn:medsynth:dp-certificate:3"
+PREDICATE_TYPE = "urn:medsynth:dp-certificate:4"
 """Its number changes with any part of the predicate, with :data:`NOT_COVERED` and with the figures on the pages."""
 DELTA_SHARES = (1, 10, 100)
 """Epsilon is stated at the claimed delta and at these parts of it."""
@@ -53,7 +53,10 @@ NOT_COVERED: tuple[str, ...] = (
     "who has it, whether in the cohort or not",
     "studies of the same patients that the site's account does not know: at another site, under another site folder, "
     "or of records under another identifier and with other pixels; their epsilons add up",
-    "that the public inputs hold no patient of this cohort",
+    "one person whose files touch another's: of two with equal pixels only the first is read, and of an image and a "
+    "segmentation that name two patients neither, so that whether such a person is read depends on the other",
+    "that the public inputs hold no patient of this cohort, and that constants of the code that were set while looking "
+    "at public images (MSD hippocampus, Kvasir-SEG) were set on other patients than these",
 )
 
 

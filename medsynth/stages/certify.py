@@ -17,8 +17,8 @@ from medsynth.logs import say
 from medsynth.privacy.account import Release
 from medsynth.privacy.accounting import Event, epsilon
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import audits, card, gate, keys, manifests, payload, signing, spending, statement
-from medsynth.release.ancestry import LINEAGE, ROOT, Ancestry, walk
+from medsynth.release import audits, card, contents, gate, keys, manifests, payload, signing, spending, statement
+from medsynth.release.ancestry import LINEAGE, ROOT, Ancestry, Node, walk
 from medsynth.release.marks import (
     ANCESTRY,
     CERTIFICATE,
@@ -64,7 +64,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     ledger = open_ledger(inputs)
     ledger.reconcile()
     ancestry = walk(folders["synthetic"], inputs)
-    reasons = gate.refusals(ancestry, ledger, config.privacy) + _other_sources(config, ancestry)
+    reasons = gate.refusals(ancestry, ledger, config.privacy)
+    reasons += _other_settings(config, ancestry) + _other_sources(config, ancestry) + _promises(config)
     if "audit" in inputs:  # always, but in tests of this stage alone
         reasons += audits.refusals(inputs["audit"], ancestry[ROOT].digest)
         reasons += audits.unaudited(inputs["audit"]) if config.privacy.private else []
@@ -89,28 +90,45 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             return folder.finish("released", details=manifests.certificate_details(signed["predicate"]))
 
 
-def _other_sources(config: Study, ancestry: Ancestry) -> list[str]:
-    """Return which folders this study's settings do not make.
+def _other_settings(config: Study, ancestry: Ancestry) -> list[str]:
+    """Return which folders of patients' another study made (pitfalls 2 and 18).
 
     The certificate says by the configuration how records became patients, what was declared, which delta was promised
-    and what the public inputs are: all of it must be what ran (pitfalls 2 and 18). A codec or label maps from elsewhere
-    may have seen the same patients (pitfall 21).
+    and what the public inputs are: all of it must be what ran.
     """
-    reasons = []
-    for node in ancestry.nodes:
-        own = node.stage not in LINEAGE or config_digest(config, node.stage) == node.config_digest
-        if node.sensitivity == "public":
-            if not own or (node.stage == "masks" and set(ancestry.manifests[node.folder].files) != {SETTINGS}):
-                reasons.append(
-                    f"'{node.folder}' calls itself public, but this study's settings do not make it, so that its "
-                    f"source is unknown: run stage '{node.stage}' again"
-                )
-        elif not own:
-            reasons.append(
-                f"'{node.folder}' was made with other settings than this study's, so that the certificate would "
-                f"describe another run: certify with the study that made it, or run stage '{node.stage}' again"
-            )
-    return reasons
+    return [
+        f"'{node.folder}' was made with other settings than this study's, so that the certificate would describe "
+        f"another run: certify with the study that made it, or run stage '{node.stage}' again"
+        for node in ancestry.nodes
+        if node.sensitivity != "public" and not _own(config, node)
+    ]
+
+
+def _other_sources(config: Study, ancestry: Ancestry) -> list[str]:
+    """Return which public folders are not what this study makes: their source would be unknown (pitfall 21).
+
+    The certificate names public inputs by the configuration; a codec from elsewhere may have seen the same patients.
+    """
+    return [
+        f"'{node.folder}' calls itself public, but this study's settings do not make it, so that its source is "
+        f"unknown: run stage '{node.stage}' again"
+        for node in ancestry.nodes
+        if node.sensitivity == "public"
+        if not _own(config, node)
+        or (node.stage == "masks" and set(ancestry.manifests[node.folder].files) != {SETTINGS})
+    ]
+
+
+def _own(config: Study, node: Node) -> bool:
+    return node.stage not in LINEAGE or config_digest(config, node.stage) == node.config_digest
+
+
+def _promises(config: Study) -> list[str]:
+    """Return which words of the study no certificate may hold; 'export' would refuse what was signed with them."""
+    linkage = {"linkage": statement.linkage_rule(config)}
+    dataset, public = statement.dataset_facts(config), statement.public_inputs(config)
+    said = {"dataset": dataset, "claim": linkage, "public_inputs": public, "audits": []}
+    return [f"{problem}: say it in other words" for problem in contents.promises(said)]
 
 
 def _leave_uncertified(config: Study, body: Path, count: int, reasons: list[str]) -> None:

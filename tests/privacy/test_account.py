@@ -114,6 +114,24 @@ def test_the_limit_is_for_all_runs_together(site: Site) -> None:
     reserve(other)
 
 
+def test_a_limit_stops_a_study_without_privacy(site: Site) -> None:
+    one, other = site.ledger("one", {ANNA}), site.ledger("two", {ANNA})
+    reserve(one)
+    account(one).limit(100, 1e-4)
+    for budget in (8.0, float("inf")):
+        with pytest.raises(BudgetError):
+            other.reserve(
+                "train", [Event("nonprivate")], epsilon=budget, delta=1e-4, noise_source="os", config_digest="2",
+                parents={"cohort": "0" * 64},
+            )  # fmt: skip
+    assert not other.path.exists()
+    account(one).limit(float("inf"), 1e-4)
+    other.reserve(
+        "train", [Event("nonprivate")], epsilon=float("inf"), delta=1e-4, noise_source="os", config_digest="2",
+        parents={"cohort": "0" * 64},
+    )  # fmt: skip
+
+
 def test_a_joined_account_keeps_its_limit(site: Site) -> None:
     one, other = site.ledger("one", {ANNA}), site.ledger("two", {BERT})
     reserve(one)

@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medsynth import store
+from medsynth import config, store
 from medsynth.config import Study
 from medsynth.errors import CertificationError, StoreError, VerificationError
 from medsynth.privacy.accounting import Event, epsilon
@@ -96,6 +96,16 @@ def test_pitfall_18_a_certificate_describes_the_run_and_no_other_study(
     refused = re.findall(r"'(\w+)' was made with other settings", str(error.value))
     assert sorted(refused) == sorted(folders)
     certify.run(fake_study(export={"formats": ["nifti"]}), inputs_of(run), run / "certificate", Tracker())
+
+
+def test_words_that_export_would_refuse_are_refused_before_they_are_signed(
+    fake_run: Run, fake_study: Make, one_accountant: None
+) -> None:
+    run = fake_run()
+    study = config.parse({**fake_study().model_dump(mode="json"), "description": "Phantoms, trained at epsilon 8"})
+    with pytest.raises(CertificationError, match=r"dataset.description holds a promise .* say it in other words"):
+        certify.run(study, inputs_of(run), run / "certificate", Tracker())
+    assert not (run / "certificate").exists()
 
 
 def test_pitfall_21_a_codec_that_this_study_did_not_make_is_refused(

@@ -228,6 +228,22 @@ def test_half_an_identifier_is_nobodys(tmp_path: Path) -> None:
     assert len(find_series(flat).unreadable) == 1
 
 
+def test_pitfall_02_files_that_name_no_issuer_are_the_same_persons(tmp_path: Path) -> None:
+    """The certificate says: Patient ID (0010,0020). Only some systems of a hospital add who issued it."""
+    source = tmp_path / "in"
+    for index in range(6):
+        put_dicom(source / "first", f"person{index}", index)
+    put_dicom(source / "second", "person0", 9)
+    for path in (source / "second").rglob("*.dcm"):
+        header = pydicom.dcmread(path)
+        header.IssuerOfPatientID = "Ward 3"
+        header.save_as(path)
+    assert ingested(study(), source, tmp_path / "out") == []
+    found = rows(tmp_path / "out" / "cases.csv")
+    assert len(found) == 7 and len({row["patient_id"] for row in found}) == 6
+    assert {series.patient for series in find_series(source).images} == {f"person{index}" for index in range(6)}
+
+
 @pytest.mark.filterwarnings("ignore")  # as ingest does: pydicom warns of half an identifier
 def test_wherever_a_file_is_cut_only_its_own_patient_is_touched(tmp_path: Path) -> None:
     flat = flat_export(tmp_path, {"P1": 1, "P12": 2})
