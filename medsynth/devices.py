@@ -79,11 +79,11 @@ def open_device(compute: Compute) -> torch.device:
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("compute.device is cuda, but torch finds no GPU: set it to auto or cpu")
     use_gpu = compute.device == "cuda" or (compute.device == "auto" and torch.cuda.is_available())
-    if use_gpu:
-        compute_exactly()
-    if use_gpu and several:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
-    return torch.device("cuda" if use_gpu else "cpu")
+    if not use_gpu:
+        return torch.device("cpu")
+    compute_exactly()
+    place = int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count() if several else 0
+    return torch.device("cuda", place)
 
 
 def compute_exactly() -> None:

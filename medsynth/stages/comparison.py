@@ -189,7 +189,7 @@ def _train(
 ) -> dict[Arm, list[Trained]]:
     """Return the trainings of each arm by seed; each is a nested run of the tracking store."""
     found: dict[tuple[Arm, int], Trained] = {}
-    device = open_device(study.compute).type
+    device = str(open_device(study.compute))
     logs.say("compare", training_sets=len(arms), seeds=len(seeds), trainings=len(arms) * len(seeds))
     for one, now in train_arms(bench, arms, seeds, ruler, device, study.compute.workers):
         found[one.arm, one.seed] = one

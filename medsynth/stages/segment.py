@@ -62,7 +62,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
                 logs.say("going on with interrupted trainings", left=len(left), trainings=len(jobs))
             if left:
                 _write_pools(config, folders, Path(scratch))
-            device, workers = open_device(config.compute).type, config.compute.workers
+            device, workers = str(open_device(config.compute)), config.compute.workers
             for _ in side_by_side(_train, left, device, workers, "segment"):
                 pass  # each has written its network
         losses = {job.name: json.loads(job.losses.read_bytes()) for job in jobs}

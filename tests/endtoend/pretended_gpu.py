@@ -78,9 +78,18 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+_counted = [0]
+
+
+def count_elsewhere() -> int:
+    """Return how many operations were asked of the pretended device."""
+    return _counted[0]
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     elsewhere = any(isinstance(t, _Elsewhere) for t in given)
+    _counted[0] += elsewhere
     asked = kwargs.get("device")
     if elsewhere and func not in _MIXING:
         strangers = [t for t in given if not isinstance(t, _Elsewhere) and t.dim() > 0]
@@ -115,6 +124,15 @@ def _made(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
+def _loaded(load: Callable[..., Any]) -> Callable[..., Any]:
+    def loaded(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        found = load(*args, map_location="cpu", **kwargs)
+        elsewhere = map_location is not None and torch.device(map_location).type == DEVICE.type
+        return tree_map_only(Tensor, lambda t: t.to(DEVICE), found) if elsewhere else found
+
+    return loaded
+
+
 @functools.cache
 def _setup() -> None:
     _setup_privateuseone_for_python_backend(_NAME, backend_module=_Module())
@@ -130,6 +148,7 @@ def pretended_gpu() -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
+        patch.setattr(torch, "load", _loaded(torch.load))
         for name in ("tensor", "as_tensor"):
             patch.setattr(torch, name, _made(getattr(torch, name)))
         yield DEVICE
