@@ -105,6 +105,11 @@ class Ingest(Section):
         None, description="regular expression on file stems whose first group is the patient (linkage rule)"
     )
     min_foreground_voxels: Annotated[int, Field(ge=0)] = 1
+    min_kept_foreground: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.9,
+        description="share of a mask that must lie within the grid, whose middle is the image's; the rest is cut off, "
+        "from held-out patients' masks, too",
+    )
     max_voxels: Count = Field(
         2**28,
         description="voxels times channels of an image or mask, by its header, and of the image at the grid's spacing; "

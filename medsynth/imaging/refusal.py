@@ -21,6 +21,8 @@ REASONS: dict[str, str] = {
     "unknown_label": "the mask holds a label that grid.labels does not name: use the names that the input declares",
     "overlapping_labels": "two segments claim the same voxel with different labels: keep one label a voxel",
     "empty_label": "the mask has fewer foreground voxels than ingest.min_foreground_voxels",
+    "outside_grid": "less of the mask than ingest.min_kept_foreground lies within the grid around the image's middle: "
+    "enlarge grid.shape, crop the image around what is segmented, or lower the limit",
     "non_finite": "the image or its mask holds NaN or infinite voxels",
     "constant_image": "the image has no contrast: its intensity percentiles are equal",
     "channel_mismatch": "the image has another number of channels than grid.channels",

@@ -24,7 +24,7 @@ _AXES = {"R": 0, "A": 1, "S": 2}
 
 
 def to_grid(
-    image: torch.Tensor, label: torch.Tensor, affine: np.ndarray | None, grid: Grid
+    image: torch.Tensor, label: torch.Tensor, affine: np.ndarray | None, grid: Grid, least_kept: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring one case to the grid: orientation, spacing (or size), intensities, then centre crop or edge padding.
 
@@ -33,13 +33,14 @@ def to_grid(
         label: (*native) integers.
         affine: 4 x 4, voxel to RAS+ mm; None for a photograph (no orientation and no resampling to a spacing).
         grid: the target.
+        least_kept: share of the foreground that must lie within the grid's shape, 0 to 1.
 
     Returns:
         images (record, channel, *shape) float32 in [-1, 1] and labels (record, *shape) uint8; one record, or one a
         slice where the grid slices volumes.
 
     Raises:
-        CaseRefused: constant image, or other axes or channels than the grid's.
+        CaseRefused: constant image, other axes or channels than the grid's, or too much of the foreground outside.
     """
     if image.shape[0] != grid.channels:
         raise CaseRefused("channel_mismatch")
@@ -50,14 +51,15 @@ def to_grid(
         if volume and image.shape[-1] != 1:
             raise CaseRefused("dimension_mismatch")
         flat, mask = (image[..., 0], label[..., 0]) if volume else (image, label)
-        planes = _in_plane(*_turned(flat, mask, affine), grid)
+        planes = _in_plane(*_turned(flat, mask, affine), grid, least_kept)
         return planes[0][None], planes[1][None]
     images, labels = _orient(image, label, affine)
     if grid.spatial_dims == 3:
         placed, mask = _resample(images, labels, grid.spacing_mm, grid)
-        fitted, mask = _fit(_scale(placed, grid), mask, grid.shape)
-        return fitted[None], mask
-    return _slices(images, labels, grid)
+        fitted, inside = _fit(_scale(placed, grid), mask, grid.shape)
+        _refuse_cut(mask, inside, least_kept)
+        return fitted[None], inside
+    return _slices(images, labels, grid, least_kept)
 
 
 def resampled_voxels(size: Sequence[int], affine: np.ndarray | None, grid: Grid) -> float:
@@ -141,7 +143,7 @@ def _turned(
 
 
 def _in_plane(
-    image: torch.Tensor, label: torch.Tensor, spacing_mm: np.ndarray | None, grid: Grid
+    image: torch.Tensor, label: torch.Tensor, spacing_mm: np.ndarray | None, grid: Grid, least_kept: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring one 2D image (channel, X, Y) to the grid; a photograph on a grid with a spacing keeps its pixels."""
     flat, labels = image.as_subclass(torch.Tensor).float(), label.as_subclass(torch.Tensor)[None].float()
@@ -151,11 +153,14 @@ def _in_plane(
         ratio = spacing_mm / np.asarray(grid.spacing_mm)
         size = [max(1, round(n * r)) for n, r in zip(flat.shape[1:], ratio, strict=True)]
         flat, labels = _resize(flat, labels, size)
-    flat, labels = _fit(_scale(flat, grid), labels, grid.shape)
-    return flat, labels[0]
+    flat, inside = _fit(_scale(flat, grid), labels, grid.shape)
+    _refuse_cut(labels, inside, least_kept)
+    return flat, inside[0]
 
 
-def _slices(volume: MetaTensor, volume_label: MetaTensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _slices(
+    volume: MetaTensor, volume_label: MetaTensor, grid: Grid, least_kept: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut a RAS volume into evenly spaced slices; those with foreground where there are any."""
     axis = _AXES[grid.slice_axis or "S"]
     image: torch.Tensor = volume
@@ -168,14 +173,16 @@ def _slices(volume: MetaTensor, volume_label: MetaTensor, grid: Grid) -> tuple[t
     planes = label.as_subclass(torch.Tensor)[0].movedim(axis, 0)
     filled = torch.nonzero(planes.flatten(1).any(dim=1)).flatten().tolist() or list(range(planes.shape[0]))
     chosen = [filled[i] for i in _evenly(len(filled), grid.max_slices)]
-    images, labels = [], []
+    images, labels, whole = [], [], []
     for index in chosen:
         flat, mask = scaled.select(axis + 1, index), planes[index][None]
         if grid.spacing_mm is None:
             flat, mask = _resize(flat, mask, grid.shape)
-        flat, mask = _fit(flat, mask, grid.shape)
+        flat, inside = _fit(flat, mask, grid.shape)
         images.append(flat)
-        labels.append(mask[0])
+        labels.append(inside[0])
+        whole.append(mask)
+    _refuse_cut(torch.stack(whole), torch.stack(labels), least_kept)
     return torch.stack(images), torch.stack(labels)
 
 
@@ -193,6 +200,12 @@ def _scale(image: torch.Tensor, grid: Grid) -> torch.Tensor:
         raise CaseRefused("constant_image")
     scaled = ScaleIntensityRangePercentiles(*grid.intensity_percentiles, b_min=-1.0, b_max=1.0, clip=True)(plain)
     return torch.as_tensor(scaled).as_subclass(torch.Tensor).float()
+
+
+def _refuse_cut(whole: torch.Tensor, inside: torch.Tensor, least_kept: float) -> None:
+    """Refuse a case of whose foreground a smaller share than ``least_kept`` lies within the grid."""
+    if int((inside > 0).sum()) < least_kept * int((whole > 0).sum()):
+        raise CaseRefused("outside_grid")
 
 
 def _fit(image: torch.Tensor, label: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -165,7 +165,7 @@ def _on_grid(config: Study, case: Case) -> tuple[Loaded, Tensor, Tensor]:
     voxels = resampled_voxels(loaded.label.shape, loaded.affine, config.grid) * config.grid.channels
     if voxels > config.ingest.max_voxels:
         raise CaseRefused("too_large")  # one wrong spacing would ask for more memory than any machine has
-    images, labels = to_grid(loaded.image, loaded.label, loaded.affine, config.grid)
+    images, labels = to_grid(loaded.image, loaded.label, loaded.affine, config.grid, config.ingest.min_kept_foreground)
     if loaded.labelled and int((labels > 0).sum()) < wanted:
         raise CaseRefused("empty_label")
     return loaded, images, labels

@@ -520,6 +520,20 @@ def test_what_nobody_foresaw_in_one_case_is_that_cases_fault_alone(
             ingested(study(), tmp_path / "in", tmp_path / "again")
 
 
+@pytest.mark.parametrize("sliced", [False, True])
+def test_an_organ_that_the_grid_would_cut_is_quarantined(sliced: bool, tmp_path: Path) -> None:
+    """Nobody would see it: held-out patients' masks are cut likewise, and the Dice is of what is left."""
+    put_msd(tmp_path / "in", good(6))
+    for number, where in enumerate((slice(12, 23), slice(9, 20), slice(13, 23))):  # the grid has 14 to 26 of 40
+        image, label = np.random.default_rng(number).integers(0, 900, (40, 12, 8)), np.zeros((40, 12, 8), np.uint8)
+        label[where, 3:9, 2:6] = 1
+        for array, folder in ((image.astype(np.int16), "imagesTr"), (label, "labelsTr")):
+            nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / "in" / folder / f"case_00{number}.nii.gz")
+    grid = {"spatial_dims": 2, "shape": [12, 12], "spacing_mm": [2, 2], "slice_axis": "S"} if sliced else {}
+    assert ingested(study(**grid), tmp_path / "in", tmp_path / "out") == ["outside_grid"] * 2
+    assert ingested(study({"min_kept_foreground": 0}, **grid), tmp_path / "in", tmp_path / "all") == []
+
+
 def test_one_patient_is_told_that_two_are_needed(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", good(1))
     with pytest.raises(InputError, match="at least two patients"):
