@@ -30,7 +30,7 @@ from medsynth.devices import rank_and_size
 from medsynth.privacy.distributed import Ranks, Replica, close_ranks, open_ranks
 from medsynth.privacy.gradients import Backend, Batch, ClippedSum, open_backend, trainable
 from medsynth.privacy.mechanism import DpSgd
-from pipelines.bench.configurations import CONFIGURATIONS, TINY, Problem, open_problem, row_loss
+from pipelines.bench.configurations import CONFIGURATIONS, TINY, Problem, open_problem
 
 TOLERANCE = 1e-5
 
@@ -41,7 +41,7 @@ class Stepper:
     def __init__(self, problem: Problem, ranks: Ranks, backend: str) -> None:
         self.problem, self.ranks, self.steps = problem, ranks, 0
         model = problem.copy()
-        self.backend: Backend = open_backend(backend, model, row_loss, problem.clip_norm)
+        self.backend: Backend = open_backend(backend, model, problem.row_loss, problem.clip_norm)
         self.mechanism = DpSgd("bench", 0.5, 1000, 1.0, problem.clip_norm, float(len(problem.batches)))
         optimizer = torch.optim.Adam(trainable(model), lr=1e-5, fused=True)
         self.replica = Replica(ranks, model, optimizer, self.mechanism, ranks.open_entropy("os"))

@@ -1,6 +1,7 @@
 """Time, memory and correctness of private training steps against a plain one.
 
     python -m pipelines.bench [--config 2d-16-n64] [--engine bookkeeping] [--threads 1] [--rounds 21] [--resume]
+    python -m pipelines.bench --device cuda --bf16 --out build/bench/dp_step_gpu.json
 
 Writes build/bench/dp_step.json after every configuration, prints a table a number of threads. ``--markdown`` prints the
 tables of the last run for docs/explanation/dp-engine.md and measures nothing.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipelines.bench.configurations import Configuration
+    from pipelines.bench.configurations import Configuration, Place
     from pipelines.bench.measuring import Effort, MemoryServer
     from pipelines.bench.results import Entry
 
@@ -35,6 +36,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--engine", action="append", choices=list(ENGINES), help="again for more; default all")
     parser.add_argument("--rounds", type=int, default=21, help="at most so many steps an engine")
     parser.add_argument("--threads", type=int, action="append", help="again for more; default 1 and 2")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the first GPU, one thread")
+    parser.add_argument("--bf16", action="store_true", help="autocast the forward pass to bfloat16")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has measured")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: does it run at all")
@@ -65,7 +68,8 @@ def main() -> None:
 
 def _measure_all(arguments: argparse.Namespace) -> list[Entry]:
     from medsynth import logs
-    from pipelines.bench.configurations import CONFIGURATIONS, TINY
+    from medsynth.devices import compute_exactly
+    from pipelines.bench.configurations import CONFIGURATIONS, TINY, Place
     from pipelines.bench.engines import ENGINES
     from pipelines.bench.measuring import Effort, MemoryServer
     from pipelines.bench.results import save
@@ -75,19 +79,23 @@ def _measure_all(arguments: argparse.Namespace) -> list[Entry]:
     effort = Effort(rounds=2, least=2) if arguments.quick else Effort(rounds=arguments.rounds)
     entries = _read(arguments.out) if arguments.resume and arguments.out.is_file() else []
     server = MemoryServer()
-    work = [(threads, c) for threads in arguments.threads or [1, 2] for c in chosen]
+    place = Place(arguments.device, arguments.bf16)
+    if place.device == "cuda":
+        compute_exactly()
+    work = [(t, c) for t in arguments.threads or ([1] if place.device == "cuda" else [1, 2]) for c in chosen]
     for threads, configuration in logs.progress(work, "configurations measured", len(work)):
         done = [e for e in entries if (e["config"], e["threads"]) == (configuration.name, threads)]
         if {e["engine"] for e in done} >= set(engines):
             continue
         entries = [e for e in entries if e not in done]
-        entries += _measure(configuration, engines, threads, effort, server, entries)
+        entries += _measure(configuration, place, engines, threads, effort, server, entries)
         save(entries, arguments.out)
     return entries
 
 
 def _measure(
     configuration: Configuration,
+    place: Place,
     engines: Sequence[str],
     threads: int,
     effort: Effort,
@@ -103,7 +111,7 @@ def _measure(
     torch.set_num_threads(threads)
     if threads > 1:  # what is compared with other libraries is one thread; here one step of theirs will do
         effort = replace(effort, seconds=0.0, own_seconds=effort.own_seconds / 2)
-    problem, right = reference(configuration)
+    problem, right = reference(configuration, place)
     bench = Bench(problem, right, engines, effort)
     what = f"{configuration.name}, {threads} thread(s)"
     for _ in logs.progress(bench.first_round(), f"{what}: first steps", len(engines)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -61,6 +62,39 @@ TINY = Configuration("tiny", (4, 4), 3, channels=(4, 8))
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where steps run, and in which precision their forward pass multiplies.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        bf16: autocast to bfloat16; norms and clipped sums are single precision all the same.
+    """
+
+    device: str = "cpu"
+    bf16: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that norms and clipped sums may have: bfloat16 keeps 8 bits, and rounds a batch otherwise."""
+        return 2.0**-5 if self.bf16 else 1e-5
+
+    @property
+    def name(self) -> str:
+        """The device as reports name it."""
+        return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+
+    def seconds(self) -> float:
+        """Return a clock's time: this process's CPU time, or on a GPU, once it has done its work, the wall's."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+CPU = Place()
+
+
+@dataclass(frozen=True)
 class Problem:
     """A model and the batch of one step, the same for every engine.
 
@@ -70,12 +104,14 @@ class Problem:
         batches: one a patient.
         clip_norm: the median of the patients' gradient norms once :func:`pipelines.bench.measuring.reference` has
             found them, so that half of them are clipped.
+        place: where they lie.
     """
 
     configuration: Configuration
     model: nn.Module = field(repr=False)
     batches: list[Batch] = field(repr=False)
     clip_norm: float = 1.0
+    place: Place = CPU
 
     @cached_property
     def whole(self) -> Batch:
@@ -91,13 +127,14 @@ class Problem:
         """Return a model of one's own, with the same weights."""
         return copy.deepcopy(self.model)
 
+    def row_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each row's squared error, scaled so that gradient norms are far above the 1e-6 that Opacus adds."""
+        with torch.autocast(self.place.device, torch.bfloat16, enabled=self.place.bf16):
+            found = model(batch["x"], batch["t"])
+        return (found.float() - batch["target"]).square().flatten(1).mean(1) * 100
 
-def row_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return each row's squared error, scaled so that gradient norms are far above the 1e-6 that Opacus adds."""
-    return (model(batch["x"], batch["t"]) - batch["target"]).square().flatten(1).mean(1) * 100
 
-
-def open_problem(configuration: Configuration, clip_norm: float = 1.0) -> Problem:
+def open_problem(configuration: Configuration, clip_norm: float = 1.0, place: Place = CPU) -> Problem:
     """Return the model and the batch of a configuration; the same ones at every call."""
     torch.manual_seed(0)
     model = _network(configuration)
@@ -107,9 +144,9 @@ def open_problem(configuration: Configuration, clip_norm: float = 1.0) -> Proble
     for parameter in model.parameters():
         if not parameter.any():  # zero-initialised layers would hide the gradients of those before them
             nn.init.normal_(parameter, std=0.02)
-    return Problem(
-        configuration, model.train(), [_patient(configuration) for _ in range(configuration.patients)], clip_norm
-    )
+    rows = [_patient(configuration) for _ in range(configuration.patients)]
+    batches = [{key: value.to(place.device) for key, value in batch.items()} for batch in rows]
+    return Problem(configuration, model.train().to(place.device), batches, clip_norm, place)
 
 
 def _network(configuration: Configuration) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import Batch, ClippedSum, open_backend, trainable
 from medsynth.privacy.mechanism import DpSgd
-from pipelines.bench.configurations import Problem, row_loss
+from pipelines.bench.configurations import Problem
 
 NOISE_MULTIPLIER = 1.0
 LEARNING_RATE = 1e-5
@@ -58,7 +57,7 @@ class Plain:
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        row_loss(self.model, self.problem.whole).mean().backward()
+        self.problem.row_loss(self.model, self.problem.whole).mean().backward()
         self.optimizer.step()
 
     def last(self) -> ClippedSum | None:
@@ -87,7 +86,7 @@ class Ours:
     def __post_init__(self) -> None:
         self.model = self.problem.copy()
         self.optimizer = _optimizer(self.model)
-        self.backend = open_backend(self.backend_name, self.model, row_loss, self.problem.clip_norm)
+        self.backend = open_backend(self.backend_name, self.model, self.problem.row_loss, self.problem.clip_norm)
         count = float(len(self.problem.batches))
         self.mechanism = DpSgd("bench", 0.5, 1000, NOISE_MULTIPLIER, self.problem.clip_norm, count)
         self.entropy = open_entropy("os")
@@ -98,9 +97,9 @@ class Ours:
         if self._first:  # the noise takes the place of the sum
             self._last = ClippedSum([tensor.clone() for tensor in total.tensors], total.norms)
             self._first = False
-        started = time.process_time()
+        started = self.problem.place.seconds()
         noisy = self.mechanism.noisy_mean(total.tensors, self.entropy)
-        self.noise_seconds = time.process_time() - started
+        self.noise_seconds = self.problem.place.seconds() - started
         for parameter, gradient in zip(self.parameters(), noisy, strict=True):
             parameter.grad = gradient.reshape(parameter.shape)
         self.optimizer.step()
@@ -161,7 +160,7 @@ class OpacusHooks:
 
     def _backward(self, batch: Batch) -> None:
         self.optimizer.zero_grad()
-        row_loss(self.module, batch).mean().backward()
+        self.problem.row_loss(self.module, batch).mean().backward()
 
 
 @dataclass
@@ -206,7 +205,9 @@ class OpacusGhost:
         from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
         self.optimizer.zero_grad()
-        criterion = DPLossFastGradientClipping(self.module, self.optimizer, _Criterion(self.module), "mean")
+        criterion = DPLossFastGradientClipping(
+            self.module, self.optimizer, _Criterion(self.module, self.problem), "mean"
+        )
         criterion(batch).backward()
 
 
@@ -215,11 +216,11 @@ class _Criterion:
 
     reduction = "mean"
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, problem: Problem) -> None:
+        self.module, self.problem = module, problem
 
     def __call__(self, batch: Batch) -> Tensor:
-        return row_loss(self.module, batch)
+        return self.problem.row_loss(self.module, batch)
 
 
 @dataclass
@@ -241,7 +242,7 @@ class Vmap:
         sums, norms = self._clipped(self.problem.batches)
         scale = NOISE_MULTIPLIER * self.problem.clip_norm
         for parameter, total in zip(self.parameters(), sums, strict=True):
-            parameter.grad = (total + torch.normal(0.0, scale, total.shape)) / len(norms)
+            parameter.grad = (total + torch.normal(0.0, scale, total.shape, device=total.device)) / len(norms)
         self.optimizer.step()
         self._last = ClippedSum([total.double() for total in sums], norms.tolist())
 
@@ -269,7 +270,7 @@ class Vmap:
             def model(*inputs: Tensor) -> Any:
                 return functional_call(self.model, weights, inputs)
 
-            return row_loss(model, batch).mean()  # type: ignore[arg-type]  # called like the module
+            return self.problem.row_loss(model, batch).mean()  # type: ignore[arg-type]  # called like the module
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -292,13 +293,13 @@ ENGINES: dict[str, Callable[[Problem], Engine]] = {
 }
 
 
-def torch_noise_seconds(engine: Engine, scale: float) -> float:
-    """Return the CPU seconds of noise by ``torch.normal`` and of the division, for the same parameters."""
+def torch_noise_seconds(engine: Engine, problem: Problem) -> float:
+    """Return the seconds of noise by ``torch.normal`` and of the division, for the same parameters."""
     sums = [torch.zeros_like(p, requires_grad=False) for p in engine.parameters()]
-    started = time.process_time()
+    scale, started = NOISE_MULTIPLIER * problem.clip_norm, problem.place.seconds()
     for total in sums:
-        (total + torch.normal(0.0, scale, total.shape)) / 2
-    return time.process_time() - started
+        (total + torch.normal(0.0, scale, total.shape, device=total.device)) / 2
+    return problem.place.seconds() - started
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""How an engine is measured: CPU time beside a plain step, peak memory of a step, agreement with a naive loop.
+"""How an engine is measured: time beside a plain step, peak memory of a step, agreement with a naive loop.
 
 Time is CPU time (``time.process_time``: all threads, no waiting for others), interleaved: in each round every engine
 takes one step on its own copy of the same model, and its ratio is to the plain step of the same round.
@@ -6,6 +6,8 @@ takes one step on its own copy of the same model, and its ratio is to the plain 
 Memory is what one step adds to the peak of resident memory, in a process of its own: forked from a clean server that
 has imported everything and computed nothing, warmed up by one step, trimmed (``malloc_trim``), the kernel's
 high-water mark (VmHWM) reset. So it holds tensors, oneDNN's scratch and numpy's noise alike.
+
+On a GPU time is the wall clock's, the GPU's work done, and memory what torch's allocator gave out at most.
 """
 
 from __future__ import annotations
@@ -28,10 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from medsynth.privacy.gradients import Batch, ClippedSum, trainable
-from pipelines.bench.configurations import Configuration, Problem, open_problem, row_loss
-from pipelines.bench.engines import ENGINES, NOISE_MULTIPLIER, Engine, Unable, torch_noise_seconds
+from pipelines.bench.configurations import CPU, Configuration, Place, Problem, open_problem
+from pipelines.bench.engines import ENGINES, Engine, Unable, torch_noise_seconds
 
-TOLERANCE = 1e-5  # relative, of norms and of the clipped sum
 CLIP_TOLERANCE = 1e-6
 _ALONE = 3  # patients whose clipped gradient is also measured alone
 _MEMORY_STEPS = 3
@@ -55,16 +56,17 @@ class Agreement:
     norm_error: float
     sum_error: float
     clipped_norm: float
+    tolerance: float = CPU.tolerance
 
     @property
     def correct(self) -> bool:
         """Whether all figures are within tolerance."""
-        return max(self.norm_error, self.sum_error) <= TOLERANCE and self.clipped_norm <= 1 + CLIP_TOLERANCE
+        return max(self.norm_error, self.sum_error) <= self.tolerance and self.clipped_norm <= 1 + CLIP_TOLERANCE
 
 
 @dataclass
 class Timing:
-    """CPU and wall seconds of an engine's steps; index = round."""
+    """Seconds of an engine's steps by the place's clock (``cpu``: CPU time there) and by the wall's; index = round."""
 
     cpu: dict[int, float] = field(default_factory=dict)
     wall: dict[int, float] = field(default_factory=dict)
@@ -87,34 +89,36 @@ class Effort:
     seconds: float = 1.5
 
 
-def reference(configuration: Configuration) -> tuple[Problem, Reference]:
+def reference(configuration: Configuration, place: Place = CPU) -> tuple[Problem, Reference]:
     """Return the problem with a clip norm that half of the patients exceed, and what is right for it."""
-    problem = open_problem(configuration)
+    problem = open_problem(configuration, place=place)
     model = problem.copy()
     norms, pieces = [], []
     for batch in problem.batches:
-        gradient = _naive_gradient(model, batch)
+        gradient = _naive_gradient(problem, model, batch)
         norms.append(_length(gradient))
         pieces.append(gradient if len(problem.batches) <= 16 else [])
     clip_norm = statistics.median(norms)
     sums = [torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in trainable(model)]
     for batch, norm, piece in zip(problem.batches, norms, pieces, strict=True):
-        for total, part in zip(sums, piece or _naive_gradient(model, batch), strict=True):
+        for total, part in zip(sums, piece or _naive_gradient(problem, model, batch), strict=True):
             total.add_(part, alpha=min(1.0, clip_norm / norm))
     return replace(problem, clip_norm=clip_norm), Reference(norms, sums)
 
 
-def _naive_gradient(model: nn.Module, batch: Batch) -> list[Tensor]:
+def _naive_gradient(problem: Problem, model: nn.Module, batch: Batch) -> list[Tensor]:
     model.zero_grad()
-    row_loss(model, batch).mean().backward()
+    problem.row_loss(model, batch).mean().backward()
     return [(torch.zeros_like(p) if p.grad is None else p.grad).detach().clone() for p in trainable(model)]
 
 
-def compare(found: ClippedSum, right: Reference, alone: Sequence[float], clip_norm: float) -> Agreement:
+def compare(
+    found: ClippedSum, right: Reference, alone: Sequence[float], clip_norm: float, tolerance: float = CPU.tolerance
+) -> Agreement:
     """Return the errors of a first step; ``alone`` are lengths of clipped gradients of single patients."""
     norm_error = max(abs(got - want) / want for got, want in zip(found.norms, right.norms, strict=True))
     distance = _length([got - want for got, want in zip(found.tensors, right.sums, strict=True)])
-    return Agreement(norm_error, distance / _length(right.sums), max(alone) / clip_norm)
+    return Agreement(norm_error, distance / _length(right.sums), max(alone) / clip_norm, tolerance)
 
 
 class Bench:
@@ -149,7 +153,9 @@ class Bench:
                 if found is not None:
                     patients = self.problem.batches[:_ALONE]
                     alone = [_length(self._engines[name].clip([batch]).tensors) for batch in patients]
-                    self.agreements[name] = compare(found, self._right, alone, self.problem.clip_norm)
+                    self.agreements[name] = compare(
+                        found, self._right, alone, self.problem.clip_norm, self.problem.place.tolerance
+                    )
             yield name
         for name, timing in self.timings.items():
             if name in OWN or not self._slow(name):
@@ -192,13 +198,14 @@ class Bench:
     def _step(self, name: str, number: int) -> None:
         engine, timing = self._engines[name], self.timings[name]
         gc.collect()
-        wall, cpu = time.perf_counter(), time.process_time()
+        place = self.problem.place
+        cpu, wall = place.seconds(), time.perf_counter()
         engine.step()
-        timing.cpu[number] = time.process_time() - cpu
+        timing.cpu[number] = place.seconds() - cpu
         timing.wall[number] = time.perf_counter() - wall
         if engine.noise_seconds:
             timing.noise.append(engine.noise_seconds)
-            timing.torch_noise.append(torch_noise_seconds(engine, NOISE_MULTIPLIER * self.problem.clip_norm))
+            timing.torch_noise.append(torch_noise_seconds(engine, self.problem))
 
     @contextlib.contextmanager
     def _giving_up(self, name: str) -> Iterator[None]:
@@ -218,7 +225,7 @@ class Bench:
 
 
 def ratios(timing: Timing, plain: Timing) -> list[float]:
-    """Return the CPU-time ratio of each round that both took part in."""
+    """Return the ratio of each round, in CPU time or, on a GPU, on the clock, that both took part in."""
     return [seconds / plain.cpu[number] for number, seconds in timing.cpu.items() if number in plain.cpu]
 
 
@@ -240,7 +247,7 @@ class MemoryServer:
     def added_mib(self, engine: str, problem: Problem, threads: int) -> float | str:
         """Return what a step adds to the peak (median of a few), or why it could not be measured."""
         ours, theirs = self._context.Pipe(duplex=False)
-        task = (engine, problem.configuration, problem.clip_norm, threads, theirs)
+        task = (engine, problem.configuration, problem.clip_norm, problem.place, threads, theirs)
         process = self._context.Process(target=_measure_memory, args=task)
         process.start()
         theirs.close()
@@ -252,25 +259,34 @@ class MemoryServer:
         return found
 
 
-def _measure_memory(name: str, configuration: Configuration, clip_norm: float, threads: int, out: Any) -> None:
+def _measure_memory(
+    name: str, configuration: Configuration, clip_norm: float, place: Place, threads: int, out: Any
+) -> None:
     try:
         torch.set_num_threads(threads)
         warnings.simplefilter("ignore")
-        problem = open_problem(configuration, clip_norm)
+        problem = open_problem(configuration, clip_norm, place)
         engine = ENGINES[name](problem)
         started = time.process_time()
-        first = _added_mib(engine)
+        first = _added_mib(engine, place)
         # The first step of an engine may also time its rules, or make what stays: it counts only where another library
         # takes long, and what a step needs is far more than what stays.
         slow = time.process_time() - started > _SLOW_S / 2
         steps = int(name in OWN) if slow else _MEMORY_STEPS
-        out.send(statistics.median(_added_mib(engine) for _ in range(steps)) if steps else first)
+        out.send(statistics.median(_added_mib(engine, place) for _ in range(steps)) if steps else first)
     except Exception:
         out.send(f"error: {traceback.format_exc().splitlines()[-1]}")
 
 
-def _added_mib(engine: Engine) -> float:
+def _added_mib(engine: Engine, place: Place) -> float:
     gc.collect()
+    if place.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        engine.step()
+        added = (torch.cuda.max_memory_allocated() - held) / 2**20
+        engine.release()
+        return added
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from what is in use
     before = _status_mib("VmHWM")

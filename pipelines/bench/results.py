@@ -13,7 +13,8 @@ from typing import Any
 from rich.table import Table
 
 from medsynth.files import replace_bytes
-from pipelines.bench.measuring import TOLERANCE, Agreement, Bench, Timing, ratios, wall_ratios
+from pipelines.bench.configurations import CPU
+from pipelines.bench.measuring import Agreement, Bench, Timing, ratios, wall_ratios
 
 Entry = dict[str, Any]
 GOALS = {"time": (1.15, 1.25), "memory": (1.10, 1.20)}  # geometric mean, and the worst configuration
@@ -36,6 +37,8 @@ def entry(
         "config": problem.configuration.name,
         "engine": engine,
         "threads": threads,
+        "device": problem.place.name,
+        "precision": "bf16" if problem.place.bf16 else "float32",
         "patients": len(problem.batches),
         "draws": problem.configuration.draws,
         "trained_parameters": problem.trained,
@@ -84,6 +87,7 @@ def _agreement(found: Agreement | None) -> Entry:
         "norm_error": found.norm_error,
         "sum_error": found.sum_error,
         "clipped_norm": found.clipped_norm,
+        "tolerance": found.tolerance,
         "correct": found.correct,
     }
 
@@ -121,8 +125,9 @@ def cell(found: Entry | None) -> str:
 
 def _verdict(found: Entry) -> str:
     """Return what is not right: gradients, or only a clip norm that rounding exceeds (which epsilon does not allow)."""
-    exact = max(found.get(kind, math.inf) for kind in ("norm_error", "sum_error")) <= TOLERANCE
-    return "OVER" if exact and found.get("clipped_norm", math.inf) <= 1 + TOLERANCE else "WRONG"
+    tolerance = found.get("tolerance", CPU.tolerance)
+    exact = max(found.get(kind, math.inf) for kind in ("norm_error", "sum_error")) <= tolerance
+    return "OVER" if exact and found.get("clipped_norm", math.inf) <= 1 + tolerance else "WRONG"
 
 
 def rows(entries: Sequence[Entry], threads: int) -> tuple[list[str], list[list[str]]]:
@@ -177,10 +182,16 @@ def details(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
+def _where(entries: Sequence[Entry], threads: int) -> str:
+    """Return what was measured where, as titles say it; results of before there was a choice name no device."""
+    places = {(e.get("device", "cpu"), e.get("precision", "float32")) for e in entries if e["threads"] == threads}
+    return f"{threads} thread(s), {', '.join(' '.join(place) for place in sorted(places))}"
+
+
 def table(entries: Sequence[Entry], threads: int) -> Table:
     """Return the results of one number of threads for a terminal."""
     header, body = rows(entries, threads)
-    found = Table(title=f"{threads} thread(s): CPU time / peak memory, relative to the plain step")
+    found = Table(title=f"{_where(entries, threads)}: time / peak memory, relative to the plain step")
     for name in header:
         found.add_column(name, justify="left" if name == header[0] else "right")
     for row in body[:-1]:

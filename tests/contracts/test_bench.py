@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medsynth.privacy.gradients import ClippedSum
-from pipelines.bench import measuring
+from pipelines.bench.configurations import CPU
 from pipelines.bench.measuring import Reference, Timing, compare, ratios
 from pipelines.bench.results import cell, geometric_mean, quartiles, rows
 
@@ -28,10 +28,23 @@ def test_benchmark_writes_an_entry_for_each_engine_and_thread_count(root: Path, 
     assert [(e["engine"], e["threads"]) for e in entries] == [(name, t) for t in (1, 2) for name in ENGINES]
     for e in entries:
         assert e["time_ratio"] > 0 and e["memory_ratio"] > 0 and len(e["time_spread"]) == 2, e
-        assert e["engine"] == "plain" or (e["correct"] and e["max_relative_error"] <= measuring.TOLERANCE), e
+        assert e["engine"] == "plain" or (e["correct"] and e["max_relative_error"] <= CPU.tolerance), e
     command = [*command[:3], "--markdown", "--out", str(out)]
     markdown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "| geometric mean |" in markdown.stdout and "bookkeeping" in markdown.stdout
+
+
+@pytest.mark.slow
+def test_in_half_precision_norms_and_sums_are_those_of_the_patient_loop(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dp_step.json"
+    command = [sys.executable, "-m", "pipelines.bench", "--quick", "--bf16", "--threads", "1", "--out", str(out)]
+    result = subprocess.run(
+        [*command, "--engine", "bookkeeping"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    _, ours = json.loads(out.read_text(encoding="utf-8"))
+    assert (ours["device"], ours["precision"]) == ("cpu", "bf16") and ours["correct"], ours
+    assert 1e-7 < ours["max_relative_error"] < ours["tolerance"] < 0.04 and ours["clipped_norm"] <= 1 + 1e-6
 
 
 @pytest.mark.slow
