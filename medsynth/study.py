@@ -67,8 +67,10 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
         replace: make stages again whose settings or inputs changed.
 
     Raises:
+        StoreError: ``run`` lies in ``source``.
         MedsynthError: what stopped a stage; the stages before it stay as they are.
     """
+    _keep_apart(source, run)
     _meet_ranks()
     with store.alone_in(run, "run"):
         if study.privacy.private and not store.is_done(run / "certificate"):
@@ -107,6 +109,7 @@ def _description(study: Study) -> str:
 
 def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace: bool = False) -> None:
     """Run one stage into ``run`` (see :func:`run_study`)."""
+    _keep_apart(source, run)
     if verb == ASSISTED:
         _meet_ranks()
     with store.alone_in(run, "run"):
@@ -116,6 +119,12 @@ def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace
             run_stage(study, BY_VERB[verb], source, run, tracker, replace=replace)
     if verb == ASSISTED:
         _dismiss_ranks()
+
+
+def _keep_apart(source: Path | None, run: Path) -> None:
+    """Refuse a run in the hospital's folder: its release would be read as patients the next time."""
+    if source is not None and run.resolve().is_relative_to(source.resolve()):
+        raise StoreError("the run folder lies in the hospital's folder: choose an --out outside of --input")
 
 
 def assist_study(study: Study, run: Path) -> None:

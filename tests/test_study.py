@@ -25,6 +25,22 @@ PEOPLE = frozenset({"a1" * 32})
 VERBS = [stage.verb for stage in study.STAGES]
 
 
+@pytest.mark.parametrize("below", [".", "run", "a/../deep/run"])
+def test_a_run_in_the_hospitals_folder_is_refused_before_anything_is_written(
+    below: str, tiny_study: Study, tmp_path: Path
+) -> None:
+    """Its release would be read as patients the next time."""
+    hospital = tmp_path / "hospital"
+    (hospital / "a").mkdir(parents=True)
+    for start in (
+        lambda: study.run_study(tiny_study, hospital, hospital / below),
+        lambda: study.run_verb(tiny_study, "ingest", hospital, hospital / below),
+    ):
+        with pytest.raises(StoreError, match="outside of --input"):
+            start()
+    assert [path.name for path in hospital.iterdir()] == ["a"]
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Put stages that only write their manifest in place of the real ones; return the verbs that ran."""

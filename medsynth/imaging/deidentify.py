@@ -121,7 +121,7 @@ def explain(cohort: Path, source: Path) -> dict[str, Path]:
 
     Raises:
         StoreError: no key or no quarantine list in ``cohort``.
-        InputError: ``source`` is no folder.
+        InputError: ``source`` is no folder, or not the one that was ingested.
     """
     try:
         names = Pseudonyms((cohort / KEY_FILE).read_bytes())
@@ -134,4 +134,8 @@ def explain(cohort: Path, source: Path) -> dict[str, Path]:
     closed: list[Path] = []
     there = sorted(files_below(source, closed))
     found = {names.reference(relative(path, source)): path for path in [*there, *closed]}
+    if wanted and not wanted & found.keys():
+        raise InputError(
+            f"none of the {len(wanted)} references belongs to a file below this folder: give the one that was ingested"
+        )
     return {ref: found[ref] for ref in sorted(wanted & found.keys())}

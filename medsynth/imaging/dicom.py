@@ -40,6 +40,7 @@ _HEADER_TAGS = [
     "PatientID",
     "FrameOfReferenceUID",
     "ReferencedSeriesSequence",
+    "SyntheticData",
     *_EXTENT,
 ]
 _PATIENT_ID = 0x00100020
@@ -71,6 +72,7 @@ class Series:
         frame_of_reference: Frame of Reference UID, "" where absent.
         voxels: what the pixels unfold to by their headers, voxels times channels.
         referenced_series: Series Instance UIDs that a segmentation refers to.
+        synthetic: it says of itself that no patient was imaged (0008,001C).
         suspect: a broken file names this series, or this patient and no series: the series may be incomplete.
     """
 
@@ -81,6 +83,7 @@ class Series:
     frame_of_reference: str
     voxels: int
     referenced_series: tuple[str, ...] = ()
+    synthetic: bool = False
     suspect: bool = False
 
 
@@ -185,6 +188,7 @@ def _series(uid: str, members: Sequence[tuple[Path, pydicom.Dataset]], broken: I
         frame_of_reference=str(header.get("FrameOfReferenceUID", "") or ""),
         voxels=sum(_voxels(h) for _, h in members),
         referenced_series=tuple(str(item.get("SeriesInstanceUID", "")) for item in references),
+        synthetic=any(str(h.get("SyntheticData") or "").upper() == "YES" for _, h in members),
         suspect=any(owner.owns(uid, patient) for owner in broken),
     )
 

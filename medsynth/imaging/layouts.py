@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ SPLIT_FOLDERS: dict[str, Split] = {
     "test": "test",
 }
 NIFTI = (".nii.gz", ".nii")
-RASTER = (".png", ".jpg", ".jpeg")
+RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MASK_FOLDERS = ("masks", "labels")
 _MIN_DICOM_BYTES = 132  # preamble and "DICM", PS3.10 section 7.1
 
@@ -111,11 +112,11 @@ def detect(root: Path) -> str:
 
 
 def stem(path: Path) -> str:
-    """Return a file's name without its imaging suffix."""
+    """Return a file's name without its imaging suffix; an accent is one letter however it is stored (macOS has two)."""
     for suffix in (*NIFTI, *RASTER):
         if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
+            return unicodedata.normalize("NFC", path.name[: -len(suffix)])
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def _cases(root: Path, layout: str, settings: Ingest) -> Iterator[Case]:
@@ -156,6 +157,8 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
     for series in findings.images:
         if series.voxels > settings.max_voxels:
             refused.setdefault(series.uid, "too_large")
+        if series.synthetic:
+            refused.setdefault(series.uid, "synthetic")
         reason = "truncated_dicom" if series.suspect else refused.get(series.uid)
         yield Case("dicom", series.patient, series.files, tuple(labels[series.uid]), refused=reason)
     for path in findings.unreadable:
@@ -185,30 +188,53 @@ def _nnunet(root: Path, settings: Ingest) -> Iterator[Case]:
     channels: dict[str, list[Path]] = {}
     for path in _files(root / "imagesTr"):
         channels.setdefault(re.sub(r"_\d{4}$", "", stem(path)), []).append(path)
-    masks = {stem(path): path for path in _files(root / "labelsTr")}
+    masks = _by_name(root / "labelsTr")
     for name, images in channels.items():
-        refused = "channel_mismatch" if len(images) > 1 else None
-        label = (masks[name],) if name in masks else ()
-        kind = _kind(images[0])
-        yield Case(kind, _person(name, settings), tuple(images), label, label_names=names, refused=refused)
+        case = _with_mask(images[0], name, masks, settings)
+        refused = "channel_mismatch" if len(images) > 1 else case.refused
+        yield replace(case, images=tuple(images), label_names=names, refused=refused)
     yield from _without_image(masks, channels.keys(), settings)
+    yield from _of_no_known_kind(root / "imagesTr")
 
 
-def _without_image(masks: Mapping[str, Path], images: Collection[str], settings: Ingest) -> Iterator[Case]:
+def _by_name(*folders: Path) -> dict[str, list[Path]]:
+    """Return the files of folders by their names without suffix."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for path in _files(folder):
+            found.setdefault(stem(path), []).append(path)
+    return found
+
+
+def _with_mask(image: Path, name: str, masks: Mapping[str, list[Path]], settings: Ingest) -> Case:
+    """Return an image with the mask of its name; which of several is meant, nobody knows."""
+    found = masks.get(name, [])
+    refused = "several_masks" if len(found) > 1 else None
+    return Case(_kind(image), _person(name, settings), (image,), tuple(found), refused=refused)
+
+
+def _without_image(masks: Mapping[str, list[Path]], images: Collection[str], settings: Ingest) -> Iterator[Case]:
     """A misspelt name leaves a mask without image beside an image without mask: both are told."""
-    for name, mask in masks.items():
+    for name, found in masks.items():
         if name not in images:
-            yield Case(_kind(mask), _person(name, settings), (mask,), refused="no_image")
+            yield from (Case(_kind(mask), _person(name, settings), (mask,), refused="no_image") for mask in found)
+
+
+def _of_no_known_kind(folder: Path) -> Iterator[Case]:
+    """What lies among the images and is none that can be read is told: it may be a patient's."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.name[0] != "." and not path.name.lower().endswith((*NIFTI, *RASTER)):
+                yield Case("raster", "", (path,), refused="unknown_kind")
 
 
 def _pairs(root: Path, settings: Ingest) -> Iterator[Case]:
     for folder in _pair_folders(root):
-        masks = {stem(path): path for name in MASK_FOLDERS for path in _files(folder / name)}
+        masks = _by_name(*(folder / name for name in MASK_FOLDERS))
         for image in _files(folder / "images"):
-            name = stem(image)
-            label = (masks[name],) if name in masks else ()
-            yield Case(_kind(image), _person(name, settings), (image,), label)
+            yield _with_mask(image, stem(image), masks, settings)
         yield from _without_image(masks, {stem(image) for image in _files(folder / "images")}, settings)
+        yield from _of_no_known_kind(folder / "images")
 
 
 def _mixed(root: Path, settings: Ingest) -> Iterator[Case]:

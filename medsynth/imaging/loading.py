@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from monai.data.image_reader import ImageReader, NibabelReader, PILReader
 from monai.transforms.io.array import LoadImage
-from PIL import Image
+from PIL import Image, ImageOps
 
 from medsynth.config import Grid, Ingest
 from medsynth.imaging.dicom import HighdicomReader, label_value, read_segmentation
@@ -141,6 +141,8 @@ def _refuse_too_large(announced: Callable[[], int], max_voxels: int) -> None:
     """Refuse a file by its header, before its voxels are unfolded."""
     try:
         voxels = announced()
+    except CaseRefused:
+        raise
     except Image.DecompressionBombError:
         raise CaseRefused("too_large") from None
     except Exception as error:  # as in _read
@@ -150,12 +152,16 @@ def _refuse_too_large(announced: Callable[[], int], max_voxels: int) -> None:
 
 
 def _raster(path: Path, converter: Callable[[Any], Any], max_voxels: int) -> torch.Tensor:
+    """Read a raster file as its EXIF orientation says, as every viewer shows it."""
+
     def announced() -> int:
         with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise CaseRefused("multiple_frames")
             return math.prod(image.size) * len(image.getbands())
 
     _refuse_too_large(announced, max_voxels)
-    return _read(str(path), PILReader(converter=converter))[0]
+    return _read(str(path), PILReader(converter=lambda image: converter(ImageOps.exif_transpose(image))))[0]
 
 
 def _nifti(path: Path, max_voxels: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -187,12 +193,21 @@ def _label(case: Case, image: torch.Tensor, affine: np.ndarray | None, grid: Gri
     values = _raster(path, _grey, settings.max_voxels)
     if tuple(values.shape) != shape:
         raise CaseRefused("shape_mismatch")
+    if case.label_names:
+        return _renamed(values, case, grid)
     return _thresholded(values, path, grid, settings.mask_threshold)
 
 
 def _grey(image: Any) -> Any:
-    """Keep indices and grey values; a coloured mask becomes its luminance."""
-    return image if image.mode in ("P", "L", *_DEEP) else image.convert("L")
+    """Keep indices and grey values; a coloured mask becomes its luminance.
+
+    Indices into a palette of greys alone are none of labels: programs number black and white as they like.
+    """
+    if image.mode == "P":
+        palette = image.getpalette("RGB") or []
+        used = {tuple(palette[3 * index : 3 * index + 3]) for _, index in image.getcolors()}
+        return image.convert("L") if all(len(set(colour)) == 1 for colour in used) else image
+    return image if image.mode in ("L", *_DEEP) else image.convert("L")
 
 
 def _farthest_mm(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:

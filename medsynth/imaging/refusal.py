@@ -14,7 +14,11 @@ REASONS: dict[str, str] = {
     "multiple_frames": "several images at one position (time points, echoes): export one image a series",
     "irregular_geometry": "the slices differ in orientation, spacing or distance: send a regular volume",
     "no_geometry": "the objects hold no position, orientation or pixel spacing: export the series with its geometry",
-    "no_label": "no mask belongs to this image: add one, or set ingest.require_labels to false",
+    "no_label": "no mask belongs to this image: add one (DICOM SEG or files; RTSTRUCT is not read), or set "
+    "ingest.require_labels to false",
+    "several_masks": "several masks have this image's name, and none says which is meant: keep one",
+    "unknown_kind": "it lies among the images and is none that can be read (NIfTI, PNG, JPEG, TIFF, BMP): convert it",
+    "synthetic": "this series says that it is synthetic (0008,001C), which is no patient: remove it from the input",
     "no_image": "this segmentation belongs to no image of the input: add the image or remove it",
     "shape_mismatch": "image and mask differ in shape, or the mask reaches outside of the image",
     "geometry_mismatch": "image and mask of the same shape lie at different places: resample the mask to the image",
@@ -30,7 +34,8 @@ REASONS: dict[str, str] = {
     "duplicate_content": "the same pixels came under another patient id: decide whose they are and link the ids",
     "patient_mismatch": "image and segmentation name different patients",
     "patient_in_both_splits": "this patient is in the training folder too: keep each patient in one folder",
-    "no_patient_id": "no patient id (0010,0020), or ingest.patient_id_pattern does not match the file name",
+    "no_patient_id": "no patient id (0010,0020), two of them in one series, or a file name that "
+    "ingest.patient_id_pattern does not match",
     "unforeseen": "reading it failed in a way that nobody foresaw: look at the files, and report the place in our code",
 }
 """Reason code to what it means and what to do; both are fixed texts, so no identifier can slip in."""

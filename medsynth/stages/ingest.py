@@ -86,6 +86,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     with create(out, "ingest", config_digest(config, "ingest")) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # readers warn with the values of headers, which may name a patient
         cases = discover(source, config.ingest)
+        _warn_of_twins(cases)
         names, key = create_pseudonyms(folder.path), site_key()
         outcome = _read_all(config, cases, source, folder.path, names, key)
         _check(config, outcome)
@@ -105,6 +106,18 @@ def split_of(person: str, config: Study) -> str:
     """Return the split of a person from the study's seed and that person alone: nobody else's arrival moves it."""
     draw = derive_seed(config.seed, "split", person) / _SEED_SPAN
     return "test" if draw < config.ingest.test_fraction else "train"
+
+
+def _warn_of_twins(cases: Sequence[Case]) -> None:
+    """Say how many identifiers differ in upper and lower case alone: a person under two of them counts twice."""
+    people = {case.person for case in cases}
+    twins = len(people) - len({person.casefold() for person in people})
+    if twins:
+        logs.say(
+            "ingest: identifiers that differ in upper and lower case alone count as different patients: make them one "
+            "where they are one person's",
+            more_than_one=twins,
+        )
 
 
 def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, names: Pseudonyms, key: bytes) -> Outcome:
@@ -187,9 +200,9 @@ def _refusing_unforeseen() -> Iterator[None]:
 
 
 def _check(config: Study, outcome: Outcome) -> None:
+    reasons = Counter(refusal.reason for _, refusal in outcome.refused)
+    found = "; ".join(f"{count} x {reason} ({REASONS[reason]})" for reason, count in reasons.most_common())
     if not outcome.rows:
-        reasons = Counter(refusal.reason for _, refusal in outcome.refused)
-        found = "; ".join(f"{count} x {reason} ({REASONS[reason]})" for reason, count in reasons.most_common())
         raise InputError(f"no usable case among {len(outcome.refused)} found: {found}")
     splits = {row.split for row in outcome.rows}
     if splits != {"train", "test"}:
@@ -203,6 +216,7 @@ def _check(config: Study, outcome: Outcome) -> None:
                 if config.ingest.split == "hash"
                 else "the train folder and the val or test folder each need at least one usable case"
             )
+            + (f". {len(outcome.refused)} were refused: {found}" if found else "")
         )
 
 

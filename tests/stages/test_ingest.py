@@ -534,6 +534,20 @@ def test_an_organ_that_the_grid_would_cut_is_quarantined(sliced: bool, tmp_path:
     assert ingested(study({"min_kept_foreground": 0}, **grid), tmp_path / "in", tmp_path / "all") == []
 
 
+def test_one_sided_splits_tell_what_was_refused(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", {**good(1), "a": (np.zeros(SHAPE, np.int16), picture(0)[1])})
+    with pytest.raises(InputError, match="1 were refused: 1 x constant_image"):
+        ingested(study(), tmp_path / "in", tmp_path / "out")
+
+
+def test_references_of_another_folder_are_told(tmp_path: Path) -> None:
+    put_msd(tmp_path / "in", {**good(6), "a": (np.zeros(SHAPE, np.int16), picture(0)[1])})
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == ["constant_image"]
+    put_msd(tmp_path / "other", good(2))
+    with pytest.raises(InputError, match="none of the 1 references"):
+        explain(tmp_path / "out", tmp_path / "other")
+
+
 def test_one_patient_is_told_that_two_are_needed(tmp_path: Path) -> None:
     put_msd(tmp_path / "in", good(1))
     with pytest.raises(InputError, match="at least two patients"):
@@ -796,6 +810,118 @@ def test_a_single_image_lies_as_its_geometry_says(kind: str, tmp_path: Path) -> 
     for images, labels in placed:
         assert torch.equal(labels[0], torch.from_numpy(label[..., 0]))
         assert torch.equal(images, placed[0][0])
+
+
+PHOTOGRAPH = {"spatial_dims": 2, "shape": [20, 16], "spacing_mm": None, "channels": 3, "labels": POLYP}
+
+
+def label_maps(folder: Path, **grid: Any) -> list[np.ndarray]:
+    """Return the ingested label maps, in no order that means something."""
+    settings = study(**{**PHOTOGRAPH, **grid})
+    return [p.labels[0].numpy() for s in ("train", "test") for p in load_patients(folder, settings.grid, s)]
+
+
+@pytest.mark.parametrize("palette", [[255, 0], [0, 255]])
+def test_black_and_white_in_a_palette_are_not_numbers_of_labels(palette: list[int], tmp_path: Path) -> None:
+    """Pillow numbers colours as it likes: white is often 0."""
+    source = put_photographs(tmp_path / "in", 6)
+    for path in (source / "masks").iterdir():
+        white = np.asarray(Image.open(path)) > 0
+        indexed = Image.fromarray(np.where(white, palette.index(255), palette.index(0)).astype(np.uint8), "P")
+        indexed.putpalette([grey for grey in palette for _ in range(3)])
+        indexed.save(path)
+    assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == []
+    assert all(0.1 < labels.mean() < 0.25 for labels in label_maps(tmp_path / "out"))
+
+
+def test_indices_into_a_palette_of_colours_are_labels(tmp_path: Path) -> None:
+    source = put_photographs(tmp_path / "in", 6)
+    for path in (source / "masks").iterdir():
+        indexed = Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8), "P")
+        indexed.putpalette([0, 0, 0, 128, 0, 0])
+        indexed.save(path)
+    assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == []
+    assert all(0.1 < labels.mean() < 0.25 for labels in label_maps(tmp_path / "out"))
+
+
+def test_photographs_come_in_as_every_viewer_turns_them(tmp_path: Path) -> None:
+    source = put_photographs(tmp_path / "in", 6)
+    for path in (source / "images").iterdir():
+        upright = np.zeros((40, 30, 3), np.uint8)
+        upright[5:20, 8:22] = 220 - 5 * int(path.stem)  # where the mask is
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored lying on its side: to be turned by a quarter clockwise
+        Image.fromarray(np.rot90(upright)).save(path.with_suffix(".jpg"), exif=exif, quality=95)
+        path.unlink()
+    assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == []
+    for split in ("train", "test"):
+        for patient in load_patients(tmp_path / "out", study(**PHOTOGRAPH).grid, split):
+            bright = patient.images[0, 1] > 0
+            assert float((bright == (patient.labels[0] > 0)).float().mean()) > 0.9
+
+
+def test_names_decide_in_png_masks_too(tmp_path: Path) -> None:
+    source = put_photographs(tmp_path / "in", 6)
+    (source / "images").rename(source / "imagesTr")
+    (source / "masks").rename(source / "labelsTr")
+    for path in (source / "imagesTr").iterdir():
+        path.rename(path.with_name(f"{path.stem}_0000.png"))
+    for path in (source / "labelsTr").iterdir():
+        mask = (np.asarray(Image.open(path)) > 0).astype(np.uint8)
+        mask[0, 0] = 2
+        Image.fromarray(mask).save(path)
+    grid = {**PHOTOGRAPH, "labels": {0: "background", 1: "organ", 2: "lesion"}}
+    for names, reasons in (({"Lesion": 1, "Organ": 2}, []), ({"Tumour": 1, "Organ": 2}, None)):
+        (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **names}}))
+        if reasons is None:
+            with pytest.raises(InputError, match="6 x unknown_label"):
+                ingested(study(**grid), source, tmp_path / "other")
+        else:
+            assert ingested(study(**grid), source, tmp_path / "out") == reasons
+            assert all((labels == 2).mean() > 0.1 > (labels == 1).mean() for labels in label_maps(tmp_path / "out"))
+
+
+def test_of_several_masks_and_of_other_files_nothing_is_guessed(tmp_path: Path) -> None:
+    source = put_photographs(tmp_path / "in", 8)
+    (source / "labels").mkdir()
+    shutil.copy(source / "masks" / "0.png", source / "labels" / "0.png")
+    Image.open(source / "masks" / "1.png").save(source / "masks" / "1.bmp")
+    Image.open(source / "images" / "2.png").save(source / "images" / "2.tif")
+    (source / "images" / "2.png").unlink()
+    pages = [Image.open(source / "images" / "3.png"), Image.open(source / "images" / "4.png")]
+    pages[0].save(source / "images" / "3.tiff", save_all=True, append_images=pages[1:])
+    (source / "images" / "3.png").unlink()
+    (source / "images" / "more").mkdir()
+    (source / "images" / "9.gif").write_bytes(b"GIF89a")
+    (source / "images" / ".DS_Store").write_bytes(b"")
+    wanted = ["multiple_frames", "several_masks", "several_masks", "unknown_kind", "unknown_kind"]
+    assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == wanted
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 5
+
+
+def test_an_accent_is_one_letter_however_it_is_stored(tmp_path: Path) -> None:
+    source = put_photographs(tmp_path / "in", 6)
+    for number in range(6):
+        (source / "images" / f"{number}.png").rename(source / "images" / f"caf\u00e9{number}.png")
+        (source / "masks" / f"{number}.png").rename(source / "masks" / f"cafe\u0301{number}.png")
+    assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == []
+
+
+def test_what_says_that_it_is_synthetic_is_no_patient(tmp_path: Path) -> None:
+    for index in range(8):
+        put_dicom(tmp_path / "in", f"person{index}", index)
+    image, _ = picture(9)
+    write_series(tmp_path / "in" / "released", image, AFFINE, SeriesMeta("MR", "pair_1", "Pair^1"))
+    assert "synthetic" in ingested(study({"require_labels": False}), tmp_path / "in", tmp_path / "out")
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 8
+
+
+def test_identifiers_that_differ_in_case_alone_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, name in enumerate(("MRN-1", "mrn-1", "MRN-2", "MRN-3", "mrn-3", "MRN-4", "MRN-5")):
+        put_dicom(tmp_path / "in" / str(index), name, index)
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == []
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "differ in upper" in line]
+    assert [line["more_than_one"] for line in told] == [2] and "mrn" not in str(told).lower()
 
 
 def put_nifti_pair(root: Path, name: str, image: np.ndarray, label: np.ndarray, affine: np.ndarray) -> None:
