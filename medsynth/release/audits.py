@@ -62,6 +62,19 @@ def unaudited(folder: Path) -> list[str]:
     return [f"no audit of the mechanisms was run ({names}): switch one on in section 'audit', then `medsynth audit`"]
 
 
+def left_out(folder: Path) -> list[str]:
+    """Return a refusal where too few patients were there for the audits of results, though the study asks for them.
+
+    Which audits are signed then follows from the study alone, and tells nobody how many patients were held back.
+    """
+    if any(one.reads_patients and one.audit not in OF_MECHANISMS for one in read_findings(folder)):
+        return []
+    return [
+        "membership and copies were not audited, which takes two patients on each side: hold back more "
+        "(ingest.test_fraction), or set audit.generator and audit.pairs to false, then `medsynth audit`"
+    ]
+
+
 def summary(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     """Return what may be signed: which audits ran, and the verdict of those that read no patient."""
     return [

@@ -69,6 +69,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
     if "audit" in inputs:  # always, but in tests of this stage alone
         reasons += audits.refusals(inputs["audit"], ancestry[ROOT].digest)
         reasons += audits.unaudited(inputs["audit"]) if config.privacy.private else []
+        reasons += audits.left_out(inputs["audit"]) if config.audit.generator or config.audit.pairs else []
     if reasons and not config.export.uncertified:
         raise CertificationError(gate.explain(reasons))
     # a missing passphrase stops this now, not after everything is rendered

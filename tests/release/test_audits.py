@@ -10,7 +10,7 @@ import pytest
 from medsynth import store
 from medsynth.errors import StoreError
 from medsynth.privacy.audit.finding import Control, Finding
-from medsynth.release.audits import FINDINGS, read_findings, refusals, summary, unaudited
+from medsynth.release.audits import FINDINGS, left_out, read_findings, refusals, summary, unaudited
 
 
 def finding(**changes: object) -> Finding:
@@ -62,6 +62,15 @@ def test_no_certificate_without_an_audit_of_the_mechanisms(tmp_path: Path) -> No
     folder, _ = audited(tmp_path / "one", only)
     assert "no audit of the mechanisms was run" in unaudited(folder)[0]
     assert unaudited(audited(tmp_path / "two", only, finding())[0]) == []
+
+
+def test_which_audits_are_signed_tells_nothing_of_the_cohort(tmp_path: Path) -> None:
+    """With one patient held back those of results are left out: the study has to say so, or there is no certificate."""
+    mechanisms = finding(), finding(audit="record-replay", reads_patients=True)
+    folder, _ = audited(tmp_path / "one", *mechanisms)
+    assert "two patients on each side" in left_out(folder)[0]
+    folder, _ = audited(tmp_path / "two", *mechanisms, finding(audit="copy detection", reads_patients=True))
+    assert left_out(folder) == []
 
 
 def test_an_audit_that_did_not_finish_or_cannot_be_read_is_no_pass(tmp_path: Path) -> None:
