@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 _CELLS = {2: 24, 3: 12}  # longest axis of the pooled space by rank: coarse enough to ignore noise
 _NEAR_PERCENTILE = 5.0
-_PERMUTATIONS = 10_000  # ten lie beyond the quantile that nothing honest may pass; of a few hundred it is their greatest
-    10_000  # ten lie beyond the quantile that nothing honest may pass; of a few hundred it is their greatest
-)
+_PERMUTATIONS = 10_000  # so that ten lie beyond the quantile that no honest study should pass
 _BLOCK = 1_000_000  # patients times permutations at once
 
 
