@@ -382,8 +382,12 @@ class Audit(Section):
 class Export(Section):
     """The release."""
 
-    formats: tuple[Literal["nifti", "dicom", "png"], ...] = ("nifti", "dicom")
-    dicom_pairs: Count = Field(20, description="pairs that are also written as DICOM series + SEG")
+    formats: Annotated[tuple[Literal["nifti", "dicom", "png"], ...], Field(min_length=1)] = Field(
+        ("nifti", "dicom"), description="one at least; png is written of two-dimensional pairs alone"
+    )
+    dicom_pairs: Count = Field(
+        20, description="pairs that are also written as DICOM series + SEG; all where no other format holds them"
+    )
     uncertified: bool = Field(False, description="allow a release without certificate, marked UNCERTIFIED")
     dataset_name: str = "Synthetic"
     licence: str = "CC-BY-4.0"
