@@ -160,6 +160,12 @@ def _read_agreement(report: Mapping[str, Any]) -> list[str]:
     if not agreement or agreement["mean"] is None:
         return []
     real = report["dice"]["real_only"]["mean"]
+    if report["dice"]["real_only"].get("skill") is None:
+        # A model that looks at no image finds an ordinary label map in noise, too.
+        return [
+            f"The model trained on real patients finds the label maps in the synthetic images with a Dice of "
+            f"{number(agreement['mean'])}, which says nothing of the images: it does not beat one constant mean shape."
+        ]
     verdict = (
         "images obey their label maps"
         if agreement["mean"] >= _WEAK_AGREEMENT * real
