@@ -43,6 +43,18 @@ def test_dice_is_drawn_for_one_number_and_for_many_runs(tmp_path: Path) -> None:
     assert (tmp_path / "dice.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("mean", [0.05, 0.45, 0.95, math.nan])
+def test_dice_is_drawn_from_zero_to_one_whatever_was_measured(
+    mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, _: drawn.append(figure))
+    block = {"mean": mean, "ci95": [mean - 0.04, mean + 0.04]}
+    block |= {"per_label": {"organ": dict(block)}}
+    figures.dice({"real_only": block, "mixed": block}, block, tmp_path / "dice.png")
+    assert drawn[0].axes[0].get_ylim() == (0.0, 1.0)
+
+
 def test_an_attack_that_tells_nobody_apart_is_drawn_along_the_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
