@@ -55,6 +55,17 @@ def test_dice_is_drawn_from_zero_to_one_whatever_was_measured(
     assert drawn[0].axes[0].get_ylim() == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(("mean", "zoomed"), [(0.8, True), (0.1, False)])
+def test_an_axis_of_dice_that_does_not_start_at_zero_says_so(
+    mean: float, zoomed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, _: drawn.append(figure))
+    figures.dice_by_patients({"real only": [_point(1, mean)]}, {}, mean, tmp_path / "dice.png", "")
+    axis = drawn[0].axes[0]
+    assert (axis.get_ylim()[0] > 0, "does not start at 0" in axis.get_ylabel()) == (zoomed, zoomed)
+
+
 def test_an_attack_that_tells_nobody_apart_is_drawn_along_the_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
