@@ -255,5 +255,7 @@ def _table_of_runs(result: Comparison) -> Table:
 
 
 def _interval(value: Measured) -> str:
+    if value.mean is None:
+        return number(None)
     low, high = value.ci95_with_seeds
     return f"{number(value.mean, 3)} ({number(low, 3)} to {number(high, 3)})"

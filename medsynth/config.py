@@ -116,6 +116,8 @@ class Study(Section):
             raise ValueError("masks.covariance full drowns in noise at a finite privacy.epsilon: use diagonal")
         if self.grid.slice_axis is not None and dims != 2:
             raise ValueError("grid.slice_axis is for spatial_dims 2")
+        if dims != 2 and set(self.export.formats) == {"png"}:
+            raise ValueError("export.formats png is for grid.spatial_dims 2: nothing would be written")
         names = {name for value, name in self.grid.labels.items() if value > 0}
         unknown = sorted((self.synthesise.volume_scale.keys() | self.synthesise.volume_median.keys()) - names)
         if unknown:

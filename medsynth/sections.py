@@ -374,14 +374,20 @@ class Audit(Section):
     repeats: Annotated[int, Field(ge=50_000)] = Field(50_000, description="runs of a step with, and as many without")
     canaries: Annotated[int, Field(ge=100)] = Field(20_000, description="at most; as many as the claim needs are taken")
     patients: Annotated[int, Field(ge=2)] = Field(40, description="at most so many of each side meet the generator")
-    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    bootstrap: Annotated[int, Field(ge=100)] = Field(
+        1000, description="samples behind each 95 % interval; copies are judged by 10,000 permutations besides"
+    )
 
 
 class Export(Section):
     """The release."""
 
-    formats: tuple[Literal["nifti", "dicom", "png"], ...] = ("nifti", "dicom")
-    dicom_pairs: Count = Field(20, description="pairs that are also written as DICOM series + SEG")
+    formats: Annotated[tuple[Literal["nifti", "dicom", "png"], ...], Field(min_length=1)] = Field(
+        ("nifti", "dicom"), description="one at least; png is written of two-dimensional pairs alone"
+    )
+    dicom_pairs: Count = Field(
+        20, description="pairs that are also written as DICOM series + SEG; all where no other format holds them"
+    )
     uncertified: bool = Field(False, description="allow a release without certificate, marked UNCERTIFIED")
     dataset_name: str = "Synthetic"
     licence: str = "CC-BY-4.0"

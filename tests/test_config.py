@@ -61,6 +61,8 @@ def with_value(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any
         ("ingest.patient_id_pattern", "no-group", "needs one group"),
         ("ingest.patient_id_pattern", "(", "no regular expression"),
         ("name", "Tiny Study", "name: "),
+        ("export.formats", [], "export.formats: Tuple should have at least 1 item"),
+        ("export.formats", ["png"], None),
         ("segment.seeds", [0, 0], "segment.seeds: each number may be given once"),
         ("synthesise.volume_scale", {"organ": 0}, "synthesise.volume_scale.organ: Input should be greater than 0"),
         ("synthesise.volume_scale", {"liver": 2}, "a volume of liver, which grid.labels does not hold"),
@@ -82,6 +84,14 @@ def test_what_is_wrong_is_said_with_its_path(
     with pytest.raises(ConfigError) as caught:
         config.parse(raw, "study.yaml")
     assert message in str(caught.value) and "'study.yaml' has 1 problem(s)" in str(caught.value)
+
+
+def test_pictures_of_volumes_are_no_release() -> None:
+    grid = {"spatial_dims": 3, "shape": [16, 16, 16], "labels": {0: "none", 1: "organ"}}
+    raw: dict[str, Any] = {"name": "volumes", "grid": grid, "privacy": {"epsilon": 8, "declared_patients": 16}}
+    config.parse({**raw, "export": {"formats": ["nifti", "png"]}})
+    with pytest.raises(ConfigError, match=r"export\.formats png is for grid\.spatial_dims 2"):
+        config.parse({**raw, "export": {"formats": ["png"]}})
 
 
 def test_all_problems_are_said_at_once(tiny_settings: dict[str, Any]) -> None:

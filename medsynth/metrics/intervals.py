@@ -18,6 +18,8 @@ def paired_bootstrap(
 ) -> Estimate:
     """Return a statistic of several models' means over patients and its percentile bootstrap interval.
 
+    All three are NaN where the statistic is undefined.
+
     Every model is measured on the same drawn patients (Efron and Tibshirani 1993, section 10.4, paired), so that a
     hard patient is hard for all of them. With ``over_seeds``, the seeds of each model are drawn again as well, crossed
     with the patients: the interval then speaks of another training too, not only of other patients.
@@ -30,6 +32,8 @@ def paired_bootstrap(
         over_seeds: draw the seeds again too; without it they are averaged.
     """
     point = statistic(*(_mean(known_mean(values, axis=0)[None]) for values in series))
+    if np.isnan(point[0]):  # what does not exist has no interval, though some of the samples had a value
+        return Estimate(float("nan"), float("nan"), float("nan"))
     patients = random.integers(series[0].shape[1], size=(draws, series[0].shape[1]))
     means = [_mean(_patients(values, draws, random, over_seeds, patients)) for values in series]
     samples = statistic(*means)

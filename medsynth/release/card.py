@@ -126,10 +126,11 @@ def dataset_card(dataset: Mapping[str, Any], pairs: int, claim: Mapping[str, Any
 {sampled}
 
 ## Files
-- `nifti/` the pairs in the layout of the Medical Segmentation Decathlon (`dataset.json`, `imagesTr/`, `labelsTr/`);
-  images are whole numbers, 0..1000 (grey) or 0..255 (colour)
-- `dicom/` (if present) some of the pairs as DICOM series with a segmentation object, marked as synthetic data
-- `png/` (if present) two-dimensional pairs as pictures
+- `nifti/` (if present) the pairs in the layout of the Medical Segmentation Decathlon (`dataset.json`, `imagesTr/`,
+  `labelsTr/`); images are whole numbers, 0..1000 (grey) or 0..255 (colour)
+- `dicom/` (if present) pairs as DICOM series with a segmentation object, marked as synthetic data; only some of them
+  where another format holds all
+- `png/` (if present) the pairs as pictures, where they are two-dimensional
 
 ## Labels
 | value | name |

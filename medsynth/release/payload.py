@@ -46,7 +46,7 @@ def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Expor
         folder: existing folder that receives the formats.
         pairs: synthetic pairs at their native size; renamed ``synthetic_0001``, ``synthetic_0002``, ...
         grid: public spacing, label names and modality.
-        export: formats, number of DICOM pairs, names.
+        export: formats, number of DICOM pairs (all where no other format holds them), names.
         certified: whether a certificate will stand behind the pairs; without one nothing says that no patient is shown.
 
     Returns:
@@ -55,15 +55,18 @@ def write_payload(folder: Path, pairs: Iterable[Pair], grid: Grid, export: Expor
     Raises:
         CertificationError: there is no pair, or a voxel is not finite.
     """
+    flat = grid.spatial_dims == 2
+    # The card counts the pairs: one format at least holds all of them.
+    elsewhere = "nifti" in export.formats or ("png" in export.formats and flat)
     names: list[str] = []
     for number, pair in enumerate(pairs, start=1):
         name = f"synthetic_{number:04d}"
         _refuse_broken(pair, name)
         if "nifti" in export.formats:
             _write_nifti(folder / "nifti", name, pair, grid)
-        if "dicom" in export.formats and number <= export.dicom_pairs:
+        if "dicom" in export.formats and (number <= export.dicom_pairs or not elsewhere):
             _write_dicom(folder / "dicom", name, pair, grid, certified)
-        if "png" in export.formats and grid.spatial_dims == 2:
+        if "png" in export.formats and flat:
             _write_png(folder / "png", name, pair, grid)
         names.append(name)
     if not names:

@@ -68,7 +68,7 @@ def _of(result: Comparison, kind: Kind) -> list[TrainingSet]:
 
 
 def _point(value: Measured, x: float) -> Point:
-    low, high = (math.nan if end is None else end for end in value.ci95_with_seeds)
+    low, high = (math.nan if end is None or value.mean is None else end for end in value.ci95_with_seeds)
     return Point(x, _mean(value), low, high)
 
 
@@ -184,6 +184,8 @@ def _scores(scores: Scores, labels: Sequence[str]) -> list[str]:
 
 
 def _cell(value: Measured, digits: int = 3) -> str:
+    if value.mean is None:
+        return number(None)
     ends = [tuple(number(end, digits) for end in interval) for interval in (value.ci95, value.ci95_with_seeds)]
     seeds = "" if ends[0] == ends[1] else f"<small>({' to '.join(ends[1])})</small>"
     return f"{number(value.mean, digits)} <small>{' to '.join(ends[0])}</small>{seeds}"

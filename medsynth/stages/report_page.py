@@ -39,7 +39,7 @@ _PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body{font:16px/1.55 system-ui,sans-serif;color:#1d2430;background:#f5f6f8;margin:0}
-main{max-width:960px;margin:0 auto;padding:32px 24px 64px}
+main{max-width:1280px;margin:0 auto;padding:32px 24px 64px}p,ul,.cards,figure{max-width:960px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px}
 .internal{display:inline-block;background:#9b2226;color:#fff;border-radius:4px;padding:2px 10px;font-size:13px}
 .sub{color:#5a6372;margin:6px 0 20px}
@@ -48,8 +48,8 @@ h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px}
 .card b{display:block;font-size:25px;line-height:1.2}.card span{color:#5a6372;font-size:13px}
 ul{padding-left:20px}li{margin:7px 0}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;background:#fff;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:8px 12px;border-bottom:1px solid #e6e9ee}th{font-size:13px;color:#5a6372}
+table{border-collapse:collapse;background:#fff;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:7px 9px;border-bottom:1px solid #e6e9ee}th{font-size:13px;color:#5a6372}
 td small{color:#5a6372;display:block;white-space:nowrap}td{vertical-align:top}
 .audits td small{white-space:normal}.pass{color:#2a7d4f}.unsure{color:#9a6b00}.fail{color:#9b2226;font-weight:700}
 figure{background:#fff;border:1px solid #dde1e7;border-radius:8px;margin:0;padding:14px}
@@ -160,6 +160,12 @@ def _read_agreement(report: Mapping[str, Any]) -> list[str]:
     if not agreement or agreement["mean"] is None:
         return []
     real = report["dice"]["real_only"]["mean"]
+    if report["dice"]["real_only"].get("skill") is None:
+        # A model that looks at no image finds an ordinary label map in noise, too.
+        return [
+            f"The model trained on real patients finds the label maps in the synthetic images with a Dice of "
+            f"{number(agreement['mean'])}, which says nothing of the images: it does not beat one constant mean shape."
+        ]
     verdict = (
         "images obey their label maps"
         if agreement["mean"] >= _WEAK_AGREEMENT * real

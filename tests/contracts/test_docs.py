@@ -71,6 +71,25 @@ def test_cli_reference_names_every_verb() -> None:
     assert [verb for verb in command.commands if f"`{verb}`" not in page and f"medsynth {verb}" not in page] == []
 
 
+def test_the_page_on_keys_names_every_option_of_theirs() -> None:
+    from medsynth.cli.keys import keys_app
+
+    page = (ROOT / "docs/how-to/verify-a-release.md").read_text(encoding="utf-8")
+    group = typer.main.get_command(keys_app)
+    assert isinstance(group, typer.core.TyperGroup)
+    options = {
+        o for command in group.commands.values() for one in command.params for o in one.opts if o.startswith("--")
+    }
+    assert "--passphrase" in options
+    assert not {option for option in options if not re.search(rf"{option}(?![\w-])", page)}
+
+
+def test_environments_that_the_pages_make_are_ignored_by_git() -> None:
+    made = {name for page in PAGES for name in re.findall(r"-m venv ([\w.-]+)", page.read_text(encoding="utf-8"))}
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert "verify-env" in made and {f"/{name}/" for name in made} <= set(ignored)
+
+
 def test_the_table_of_pitfalls_and_the_tests_name_each_other() -> None:
     page = (ROOT / "docs/explanation/what-epsilon-covers.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)

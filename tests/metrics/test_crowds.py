@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,27 @@ def test_copies_of_training_images_are_seen_and_strangers_are_not(rank: int) -> 
     copied, fresh = memorisation.nearness(train, held_out, copies), memorisation.nearness(train, held_out, strangers)
     assert copied.median_ratio < 0.6 and copied.nearer_than_held_out > 0.9
     assert 0.8 < fresh.median_ratio < 1.25 and fresh.nearer_than_held_out < 0.25
+
+
+def test_the_limit_of_copies_is_that_of_all_sides_however_few_bootstrap_samples_are_drawn() -> None:
+    distances, trained = np.random.default_rng(0).uniform(0.5, 1.5, (16, 200)), np.arange(16) < 8
+    sides = [np.isin(np.arange(16), of) for of in combinations(range(16), 8)]
+    exact = np.quantile([memorisation._nearer(distances, side).mean() for side in sides], 0.999)
+    found = [memorisation.copies(distances, trained, 100, np.random.default_rng(seed)) for seed in range(8)]
+    assert [one.chance_high for one in found] == pytest.approx([exact] * 8, abs=0.01)
+    many = memorisation.copies(distances, trained, 10_000, np.random.default_rng(0))
+    assert (many.chance, many.chance_high) == (found[0].chance, found[0].chance_high)
+
+
+def test_chance_counts_a_tie_of_both_sides_as_no_nearer_as_the_share_does() -> None:
+    distances = np.array([[0.5, 0.5, 1.0], [0.5, 1.0, 0.5], [1.0, 0.5, 1.0], [1.0, 1.0, 0.5]])
+    sides = [np.isin(np.arange(4), of) for of in combinations(range(4), 2)]
+    expected = {memorisation._nearer(distances, side).mean() for side in sides}
+    drawn = memorisation._chance(distances, sides[0], np.random.default_rng(0))
+    assert set(drawn) == expected and len(expected) > 1
+    assert drawn.mean() == pytest.approx(
+        np.mean([memorisation._nearer(distances, side).mean() for side in sides]), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("rank", [2, 3])

@@ -43,6 +43,29 @@ def test_dice_is_drawn_for_one_number_and_for_many_runs(tmp_path: Path) -> None:
     assert (tmp_path / "dice.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("mean", [0.05, 0.45, 0.95, math.nan])
+def test_dice_is_drawn_from_zero_to_one_whatever_was_measured(
+    mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, _: drawn.append(figure))
+    block = {"mean": mean, "ci95": [mean - 0.04, mean + 0.04]}
+    block |= {"per_label": {"organ": dict(block)}}
+    figures.dice({"real_only": block, "mixed": block}, block, tmp_path / "dice.png")
+    assert drawn[0].axes[0].get_ylim() == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("mean", "zoomed"), [(0.8, True), (0.1, False)])
+def test_an_axis_of_dice_that_does_not_start_at_zero_says_so(
+    mean: float, zoomed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, _: drawn.append(figure))
+    figures.dice_by_patients({"real only": [_point(1, mean)]}, {}, mean, tmp_path / "dice.png", "")
+    axis = drawn[0].axes[0]
+    assert (axis.get_ylim()[0] > 0, "does not start at 0" in axis.get_ylabel()) == (zoomed, zoomed)
+
+
 def test_an_attack_that_tells_nobody_apart_is_drawn_along_the_diagonal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,3 +42,13 @@ def test_skill_is_zero_at_the_floor_one_at_real_and_unknown_when_real_learnt_not
     assert found[:3] == pytest.approx([0.0, 1.0, 0.5]) and np.isnan(found[3])
     hopeless = paired_bootstrap([np.ones((1, 5))] * 3, skill_of, 100, _stream(), over_seeds=False)
     assert np.isnan([hopeless.mean, hopeless.low, hopeless.high]).all()
+
+
+@pytest.mark.parametrize("over_seeds", [False, True])
+def test_a_skill_that_does_not_exist_has_no_interval(over_seeds: bool) -> None:
+    real, floor = (
+        np.array([[0.1, 0.9, 0.4, 0.5]]),
+        np.array([[0.3, 0.5, 0.6, 0.6]]),
+    )  # 0.475 on 0.5: some samples beat it
+    found = paired_bootstrap([real - 0.1, floor, real], skill_of, 200, _stream(), over_seeds=over_seeds)
+    assert np.isnan([found.mean, found.low, found.high]).all()

@@ -264,6 +264,12 @@ def test_certified_release_says_that_no_image_shows_a_patient(certified_run: Pat
     assert "no image shows a patient" in (release / "nifti" / "dataset.json").read_text()
 
 
+def test_card_claims_no_folder_that_may_be_absent(certified_run: Path) -> None:
+    card = (certified_run / "release" / "DATASET_CARD.md").read_text()
+    for name in ("nifti", "dicom", "png"):
+        assert f"- `{name}/` (if present) " in card
+
+
 def test_card_sends_nobody_to_a_registry_for_medsynth_itself(certified_run: Path) -> None:
     card = (certified_run / "release" / "DATASET_CARD.md").read_text()
     installed = re.findall(r"pip install (.+)", card)

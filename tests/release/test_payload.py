@@ -79,6 +79,18 @@ def test_only_so_many_pairs_become_dicom(tmp_path: Path) -> None:
     assert len(list((tmp_path / "nifti/imagesTr").iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    ("grid", "formats", "written"),
+    [(VOLUME, ("dicom",), 3), (VOLUME, ("dicom", "png"), 3), (SLICE, ("dicom",), 3), (SLICE, ("dicom", "png"), 1)],
+)
+def test_dicom_holds_all_pairs_where_no_other_format_does(
+    tmp_path: Path, grid: Grid, formats: tuple[Any, ...], written: int
+) -> None:
+    pairs = [pair_of(grid, name) for name in "abc"]
+    assert write_payload(tmp_path, pairs, grid, Export(formats=formats, dicom_pairs=1)) == 3
+    assert len(list((tmp_path / "dicom").iterdir())) == written
+
+
 def test_pitfall_20_names_of_pairs_do_not_leave(tmp_path: Path) -> None:
     write_payload(tmp_path, [pair_of(VOLUME, "DOE^JANE")], VOLUME, Export())
     assert not any("DOE" in path.name or b"DOE" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -17,8 +17,10 @@ from test_segment import folders, reserve_masks, study  # the same tiny cohort
 
 from medsynth import comparing, config, store
 from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
+from medsynth.metrics.intervals import skill_of
 from medsynth.stages import comparison, comparison_page, comparison_trainings, segmenter_training
 from medsynth.stages.comparison import Settings, Source
+from medsynth.stages.comparison_results import Statistician
 from medsynth.stages.comparison_schema import Comparison, Measured
 from medsynth.stages.comparison_trainings import Arm, Ruler
 from medsynth.tracking import Tracker
@@ -318,6 +320,17 @@ def test_options_have_their_defaults() -> None:
 def test_runs_of_one_epsilon_get_labels_of_their_own(tmp_path: Path) -> None:
     runs = [_run(tmp_path / name) for name in "abc"]
     assert [one.label for one in _sources(*runs)] == ["epsilon-8-1", "epsilon-8-2", "epsilon-8-3"]
+
+
+def test_a_skill_that_does_not_exist_is_a_dash_in_file_and_tables_and_no_bar_in_the_figure() -> None:
+    real, floor = np.array([[0.1, 0.9, 0.4, 0.5]]), np.array([[0.3, 0.5, 0.6, 0.6]])
+    skill = Statistician({0: "none", 1: "organ"}, 200, 0).measured("skill", skill_of, real - 0.1, floor, real)
+    assert json.loads(skill.model_dump_json()) == {"mean": None, "ci95": [None] * 2, "ci95_with_seeds": [None] * 2}
+    old = Measured(mean=None, ci95=(-162.68, -0.9), ci95_with_seeds=(-162.68, -0.9))  # as older comparisons hold it
+    for value in (skill, old):
+        assert comparison_page._cell(value, 2) == comparing._interval(value) == "-"
+        point = comparison_page._point(value, 8.0)
+        assert np.isnan([point.mean, point.low, point.high]).all()
 
 
 def test_what_pairs_are_worth_in_patients_is_said_plainly(finished: tuple[Path, Comparison, Recorder]) -> None:

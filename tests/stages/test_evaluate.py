@@ -111,20 +111,32 @@ def test_a_cohort_without_test_patients_is_refused_and_leaves_nothing(tmp_path: 
     assert not list(tmp_path.glob("*report*"))
 
 
-def test_a_dice_at_the_floor_is_called_what_it_is() -> None:
-    block: dict[str, Any] = {"mean": 0.69, "ci95": [0.6, 0.7], "skill": 0.03, "n_patients": 3}
-    report = {
-        "dice": {"synthetic_only": block, "real_only": {**block, "mean": 0.86, "skill": 1.0}},
+def _report(synthetic: dict[str, float | None], real: dict[str, float | None], agreement: float) -> dict[str, Any]:
+    block: dict[str, Any] = {"ci95": [0.6, 0.7], "n_patients": 3}
+    return {
+        "dice": {"synthetic_only": {**block, **synthetic}, "real_only": {**block, **real}},
         "floor": {"mean": 0.68},
         "relative_to_real": {"synthetic_only": 0.8},
-        "agreement": {"mean": 0.2},
+        "agreement": {"mean": agreement},
         "label_maps": {"plausible": {"synthetic": 0.25, "train": 0.8}},
         "memorisation": {"median_ratio": 0.3, "nearer_than_held_out_p5": 0.9},
         "epsilon": "inf",
     }
+
+
+def test_a_dice_at_the_floor_is_called_what_it_is() -> None:
+    report = _report({"mean": 0.69, "skill": 0.03}, {"mean": 0.86, "skill": 1.0}, agreement=0.2)
     text = " ".join(report_page.reading(report))
     assert "next to nothing was learnt" in text and "do not obey" in text and "look at the pictures" in text
     assert "25% of the synthetic label maps" in text and "80%" in text
+
+
+def test_a_model_too_weak_to_judge_pairs_says_nothing_of_their_images_either() -> None:
+    weak = _report({"mean": 0.5, "skill": None}, {"mean": 0.6, "skill": None}, agreement=0.59)
+    text = " ".join(report_page.reading(weak))
+    assert "too weak to judge" in text and "says nothing of the images" in text and "obey" not in text
+    sound = _report({"mean": 0.75, "skill": 0.4}, {"mean": 0.86, "skill": 1.0}, agreement=0.84)
+    assert "images obey their label maps" in " ".join(report_page.reading(sound))
 
 
 def test_what_an_audit_shows_is_said_once_for_all_that_it_looked_at() -> None:
