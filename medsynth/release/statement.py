@@ -21,7 +21,7 @@ from medsynth.release.marks import STATEMENT_TYPE
 if TYPE_CHECKING:  # whoever verifies needs no pydantic
     from medsynth.config import Study
 
-PREDICATE_TYPE = "urn:medsynth:dp-certificate:5"
+PREDICATE_TYPE = "urn:medsynth:dp-certificate:4"
 """Its number changes with any part of the predicate, with :data:`NOT_COVERED` and with the pages, words included."""
 DELTA_SHARES = (1, 10, 100)
 """Epsilon is stated at the claimed delta and at these parts of it."""
