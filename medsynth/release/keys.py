@@ -178,17 +178,31 @@ def hand_out(folder: Path, out: Path | None) -> list[str]:
     """Return the active public key and its fingerprint as lines; with ``out`` the key is written there instead.
 
     Raises:
-        CertificationError: there is no key, or ``out`` cannot be written.
+        CertificationError: there is no key, ``out`` cannot be written, or it is there and holds something else.
     """
     pem = public(folder)
     named = f"fingerprint (SHA-256): {signing.fingerprint(signing.key_id(pem))}"
     if out is None:
         return [pem.decode().rstrip("\n"), named]
     try:
-        out.write_bytes(pem)
+        with out.open("xb") as file:  # never over a file that is there: it may be the private key
+            file.write(pem)
+    except FileExistsError:
+        if not _holds(out, pem):
+            raise CertificationError(
+                f"'{out.name}' is there already and is not this public key: choose another name, nothing was written"
+            ) from None
     except OSError as error:
         raise CertificationError(f"the public key cannot be written: {error.strerror}") from error
     return [f"public key written to {out.name}", named]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether ``path`` is an ordinary file of this content; reading anything else might wait for ever."""
+    try:
+        return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def handover(folder: Path, *, stolen: bool = False) -> list[str]:

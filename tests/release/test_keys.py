@@ -288,6 +288,24 @@ def test_the_verbs_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "PRIVATE" not in "".join((first, shown, *listed))
 
 
+def test_handing_out_the_public_key_overwrites_nothing(folder: Path, tmp_path: Path) -> None:
+    keys.create(folder)
+    secret = private(folder).read_bytes()
+    link = tmp_path / "link.pem"
+    link.symlink_to(tmp_path / "nowhere")
+    other = write_secret(tmp_path / "other.pem", "a thesis")
+    for out in (private(folder), other, link, tmp_path):
+        with pytest.raises(CertificationError, match="choose another name"):
+            keys.hand_out(folder, out)
+    assert private(folder).read_bytes() == secret and other.read_text() == "a thesis"
+    assert not (tmp_path / "nowhere").exists()
+    for _ in range(2):
+        keys.hand_out(folder, tmp_path / "hospital.pem")
+    assert (tmp_path / "hospital.pem").read_bytes() == keys.public(folder)
+    with pytest.raises(CertificationError, match="cannot be written"):
+        keys.hand_out(folder, tmp_path / "missing" / "hospital.pem")
+
+
 def test_without_a_key_there_is_nothing_to_hand_out() -> None:
     with pytest.raises(CertificationError, match="keys new"):
         run("public")
