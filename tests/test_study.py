@@ -16,7 +16,8 @@ from medsynth.errors import BudgetError, PrivacyError, StoreError
 from medsynth.imaging.deidentify import REFERENCES_FILE, References, key_id, write_references
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
-from medsynth.site import site_key
+from medsynth.release import keys
+from medsynth.site import signing_keys, site_key
 from medsynth.stages.inputs import SECTIONS, account_of, config_digest, open_ledger, stage_inputs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -212,6 +213,27 @@ def test_a_released_certificate_is_kept_and_told_to_be_old(
     _spend(tmp_path / "other")
     study.run_study(tiny_study, None, run)
     assert ran == VERBS and "--replace certifies again" in capsys.readouterr().err
+    study.run_verb(tiny_study, "certify", None, run, replace=True)
+    assert ran == [*VERBS, "certify"]
+
+
+def test_a_certificate_of_another_key_is_signed_again_only_when_told(
+    tiny_study: Study, tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    keys.create(signing_keys())
+    study.run_study(tiny_study, None, run)
+    (run / "certificate" / "public.pem").write_bytes(keys.public(signing_keys()))
+    study.run_verb(tiny_study, "certify", None, run, replace=True)
+    assert ran == VERBS and "another key" not in capsys.readouterr().err
+    keys.rotate(signing_keys(), stolen=True)
+    study.run_verb(tiny_study, "certify", None, run)
+    told = capsys.readouterr().err
+    assert ran == VERBS and "another key than the active one signed the certificate: --replace certifies" in told
+    _spend(tmp_path / "other")
+    study.run_verb(tiny_study, "certify", None, run)
+    told = capsys.readouterr().err
+    assert ran == VERBS and "more was reserved" in told and "another key" in told
     study.run_verb(tiny_study, "certify", None, run, replace=True)
     assert ran == [*VERBS, "certify"]
 
