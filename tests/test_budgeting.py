@@ -267,6 +267,7 @@ def test_a_sweep_is_planned_as_a_whole(path: Path) -> None:
         (("--noise", "nan"), "--noise must be a number above 0"),
         (("--noise", "inf"), "--noise must be a number above 0"),
         (("--steps", "-1"), r"train\.steps"),
+        (("--steps", "1000001"), r"train\.steps: .*less than or equal to 1000000"),
         (("--parameters", "0"), "--parameters must be at least 1"),
         (("--set", "train.sampling_rate=1.5"), r"train\.sampling_rate: .*less than or equal to 1"),
         (("--set", "train.sampling_rate=0"), r"train\.sampling_rate: .*greater than 0"),
