@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,13 +33,17 @@ def summary(study: Study, run: Path) -> str:
         ("audits", _audits(report.get("audits", []))),
         ("report", run / "report" / "report.html"),
         ("release", run / "release"),
-        ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri sqlite:///{run / 'mlflow' / 'mlflow.db'}"),
+        ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri {shlex.quote(_database(run))}"),
     ]
     if not study.tracking.uri:
         rows.append(("its page", _RUNS_PAGE))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])
+
+
+def _database(run: Path) -> str:
+    return f"sqlite:///{run / 'mlflow' / 'mlflow.db'}"
 
 
 def _audits(findings: Sequence[Mapping[str, Any]]) -> str:

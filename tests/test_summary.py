@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_it_counts_and_says_what_it_cost(tiny_study: Study, run: Path) -> None:
         "0.810  (95 %",
     ):
         assert expected in text
+
+
+def test_the_command_that_opens_mlflow_is_fit_for_a_shell(tiny_study: Study, run: Path) -> None:
+    spaced = run.rename(run.with_name("a patient's $(folder)"))
+    (line,) = [line for line in summary(tiny_study, spaced).splitlines() if line.startswith("MLflow")]
+    words = shlex.split(line)
+    assert words == ["MLflow", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{spaced / 'mlflow' / 'mlflow.db'}"]
 
 
 def test_a_study_without_privacy_is_called_so(tiny_study: Study, run: Path) -> None:
