@@ -20,6 +20,7 @@ from medsynth.errors import MedsynthError, StoreError
 from medsynth.privacy.audit.finding import Finding
 from medsynth.release import audits, keys
 from medsynth.release.marks import PUBLIC_KEY
+from medsynth.release.spending import round_up
 from medsynth.site import signing_keys
 from medsynth.stages.inputs import account_of, config_digest, open_ledger
 from medsynth.store import Manifest
@@ -257,7 +258,8 @@ def _headline(run: Path) -> dict[str, float]:
     report = json.loads(path.read_text(encoding="utf-8"))
     values = {f"dice/{name}": found["mean"] for name, found in report["dice"].items()}
     values |= {f"skill/{name}": found["skill"] for name, found in report["dice"].items() if name != "real_only"}
-    values |= {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
+    values |= {"floor": report["floor"]["mean"]}
+    values |= {"epsilon": round_up(report["epsilon"])} if report["epsilon"] != "inf" else {}
     values |= {"agreement": report["agreement"]["mean"]} if report["agreement"] else {}
     return {name: value for name, value in values.items() if isinstance(value, float)}
 

@@ -13,6 +13,7 @@ from typing import Any
 from medsynth import store
 from medsynth.config import Study
 from medsynth.privacy.audit.finding import Finding
+from medsynth.release.spending import round_up
 
 # Without the kind of work in the address, MLflow 3 opens an experiment as one of language models: no runs are seen.
 _RUNS_PAGE = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
@@ -83,7 +84,7 @@ def _quarantined(reasons: Mapping[str, int]) -> str:
 def _epsilon(study: Study, report: dict[str, Any]) -> str:
     if not study.privacy.private:
         return "infinite: NOT PRIVATE, the release is marked UNCERTIFIED"
-    return f"{report['epsilon']:.3f} at delta {report['delta']:g}, unit {report['unit']}"
+    return f"{round_up(report['epsilon']):.3f} at delta {report['delta']:g}, unit {report['unit']}"
 
 
 def _skill(report: dict[str, Any]) -> list[tuple[str, str]]:

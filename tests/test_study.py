@@ -281,11 +281,12 @@ def test_the_page_of_a_run_in_mlflow_says_what_it_promises(
 def test_studies_can_be_sorted_by_skill_and_agreement(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     dice = {"real_only": {"mean": 0.9, "skill": 1.0}, "synthetic_only": {"mean": 0.8, "skill": 0.5}}
-    report = {"dice": dice, "floor": {"mean": 0.7}, "agreement": {"mean": 0.85}, "epsilon": 7.9}
+    report = {"dice": dice, "floor": {"mean": 0.7}, "agreement": {"mean": 0.85}, "epsilon": 7.9921}
     for agreement in (report["agreement"], None):
         (tmp_path / "report" / "report.json").write_text(json.dumps({**report, "agreement": agreement}))
         found = study._headline(tmp_path)
         assert (
             found["skill/synthetic_only"] == 0.5 and found["dice/real_only"] == 0.9 and "skill/real_only" not in found
         )
+        assert found["epsilon"] == 7.993, "rounded up, as in the certificate"
         assert found.get("agreement") == (0.85 if agreement else None)
