@@ -160,9 +160,14 @@ def phantom(
     from medsynth.errors import StoreError
     from medsynth.imaging.phantom_hospital import write_hospital
 
-    if out.exists() and any(out.iterdir()):
-        raise StoreError("the phantom hospital needs a new or empty folder: choose another --out")
-    write_hospital(out, patients, seed)
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise StoreError("the phantom hospital needs a new or empty folder: choose another --out")
+        write_hospital(out, patients, seed)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the phantom hospital: {error.strerror}; name an --out folder that you can write to"
+        ) from error
     print(f"phantom hospital of {patients} patients written")
 
 
