@@ -265,9 +265,7 @@ def _run() -> None:
     except accidents.Stopped as stopped:
         print("medsynth: stopped by a signal: finished stages stay, the same command goes on", file=sys.stderr)
         sys.exit(stopped.code)
-    except MedsynthError as error:
-        print(f"medsynth: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except Exception as error:
-        print(f"medsynth: {accidents.describe(error)}", file=sys.stderr)
-        sys.exit(UnexpectedError.exit_code)
+        ours = error if isinstance(error, MedsynthError) else accidents.lacking(error)
+        print(f"medsynth: {ours or accidents.describe(error)}", file=sys.stderr)
+        sys.exit(ours.exit_code if ours else UnexpectedError.exit_code)
