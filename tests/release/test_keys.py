@@ -67,6 +67,26 @@ def test_a_second_new_key_is_refused(folder: Path) -> None:
     assert keys.known_keys(folder) == [keys.KeyInfo(identity, active=True, protected=False)]
 
 
+@pytest.mark.parametrize(("missing", "left"), [("public.pem", "private.pem"), ("private.pem", "public.pem")])
+def test_half_a_key_is_called_that_by_every_verb_and_never_replaced(folder: Path, missing: str, left: str) -> None:
+    identity = keys.create(folder)
+    kept = (folder / left).read_bytes()
+    (folder / missing).unlink()
+    asked = [keys.known_keys, keys.public, keys.create, lambda folder: keys.hand_out(folder, None)]
+    if missing == "private.pem":  # the others go on with the private half alone, and write the public one again
+        asked += [keys.open_key, keys.protect, keys.rotate]
+    for ask in asked:
+        with pytest.raises(CertificationError, match=rf"there is {left} and no {missing}.*backup.*move {left} away"):
+            ask(folder)
+    assert (folder / left).read_bytes() == kept and not (folder / missing).exists()
+    if missing == "public.pem":
+        keys.open_key(folder)
+        assert [info.key_id for info in keys.known_keys(folder)] == [identity]
+        return
+    (folder / left).rename(folder / "old.pem")
+    assert keys.create(folder) != identity
+
+
 def test_making_a_key_says_how_to_protect_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys.open_key(folder)
     assert "medsynth keys protect" in capsys.readouterr().err
