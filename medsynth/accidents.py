@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -78,13 +79,16 @@ def kept_in(run: Path) -> Iterator[None]:
     """Keep the traceback of an unforeseen exception in ``run/errors`` and raise one that may be shown anywhere.
 
     Raises:
-        UnexpectedError: instead of any exception that is not ours.
+        MedsynthError: instead of that of a package that is not installed.
+        UnexpectedError: instead of any other exception that is not ours.
     """
     try:
         yield
     except MedsynthError:
         raise
     except Exception as error:
+        if (said := lacking(error)) is not None:
+            raise said from error
         name = _keep(error, run)
         where = "its traceback could not be kept"
         if name:
@@ -95,6 +99,21 @@ def kept_in(run: Path) -> Iterator[None]:
         raise UnexpectedError(
             f"{describe(error)}; {where}. Finished stages stay; the same command goes on where this one stopped"
         ) from error
+
+
+def lacking(error: BaseException) -> MedsynthError | None:
+    """Return what to say when a package is not installed that we depend on; None for any other error.
+
+    A collaborator who only verifies installs four packages. A module of our own that is missing, or one of a package
+    that is there, is an accident and no matter of what was installed.
+    """
+    package = ((isinstance(error, ModuleNotFoundError) and error.name) or "").partition(".")[0]
+    if not package or package == _PACKAGE.name or package in sys.stdlib_module_names or find_spec(package):
+        return None
+    return MedsynthError(
+        f"this verb needs the full installation of medsynth, and '{package}' is not installed here: install medsynth "
+        "with everything that it depends on (README.md); `medsynth verify` needs less"
+    )
 
 
 def describe(error: BaseException) -> str:

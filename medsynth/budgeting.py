@@ -18,6 +18,7 @@ from medsynth.privacy.budget import BudgetPlan, gaussian_epsilon, most_steps, pl
 from medsynth.privacy.chain import Record
 from medsynth.privacy.ledger import Ledger, study_of, taints_of, trials_of
 from medsynth.privacy.scale_law import MEASURED, reach
+from medsynth.release.spending import round_up
 from medsynth.site import accounts
 from medsynth.stages.inputs import account_of
 from medsynth.store import is_done
@@ -170,7 +171,7 @@ def _mechanisms(found: BudgetPlan, trials: int) -> Table:
             cost = epsilon([event] * trials, found.delta)
             numbers = (f"{event.noise_multiplier:.4g}", f"{event.count}", f"{event.sampling_rate:g}", f"{cost:.3f}")
             table.add_row(stage, *numbers)
-    table.add_row("together", "", "", "", f"{found.epsilon:.3f}")
+    table.add_row("together", "", "", "", f"{round_up(found.epsilon):.3f}")
     return table
 
 
@@ -251,7 +252,7 @@ def _print_account(console: Console, account: Account, own: str) -> None:
     console.print(table)
     done = {line["entry"] for line in lines if line["type"] == "complete"}
     finished = [line for line in reserved if line["entry"] in done]
-    spent, all_of_it = epsilon(counted_events(finished), delta), epsilon(counted_events(reserved), delta)
+    spent, all_of_it = (round_up(epsilon(counted_events(some), delta)) for some in (finished, reserved))
     console.print(f"  together: epsilon {all_of_it:.3f} at delta {delta:g}; finished {spent:.3f}, the rest is reserved")
     if taints_of(reserved):
         console.print(f"  {_OPEN}: read patients without a mechanism, or with repeatable noise; no number covers that")
@@ -273,7 +274,7 @@ def _study_row(study: str, lines: Sequence[Record], delta: float, own: bool) -> 
     done = {line["entry"] for line in lines if line["type"] == "complete"}
     mine = [line for line in lines if line["type"] == "reserve" and line["study"] == study]
     released = [line for line in lines if line["type"] == "release" and line["study"] == study]
-    cost = f"{epsilon(counted_events(mine), delta):.3f}"
+    cost = f"{round_up(epsilon(counted_events(mine), delta)):.3f}"
     return (
         study[:_SHORT] + (" (this run)" if own else ""),
         str(mine[0]["at"])[:16].replace("T", " "),

@@ -274,6 +274,10 @@ class Appearance(Section):
         return self.coefficients
 
 
+MOST_STEPS = 1_000_000
+"""Of a private training; far more are never worth their noise, and to account them would fill the memory."""
+
+
 class Train(Section):
     """The mask-conditioned latent denoiser."""
 
@@ -297,7 +301,7 @@ class Train(Section):
     pretrain_phantoms: Count = 400
     trainable: Literal["all", "bias_norm", "lora"] = "all"
     lora_rank: Count = 4
-    steps: Annotated[int, Field(ge=0)] = 1500
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(1500, description="on patients; at most 1,000,000")
     learning_rate: Positive = 1e-3
     batch_size: Count = Field(4, description="only for epsilon inf; a private run samples patients at `sampling_rate`")
     sampling_rate: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 0.25

@@ -16,9 +16,11 @@ from medsynth import config as configuration
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import rank_and_size
-from medsynth.errors import StoreError
+from medsynth.errors import MedsynthError, StoreError
 from medsynth.privacy.audit.finding import Finding
 from medsynth.release import audits, keys
+from medsynth.release.marks import PUBLIC_KEY
+from medsynth.release.spending import round_up
 from medsynth.site import signing_keys
 from medsynth.stages.inputs import account_of, config_digest, open_ledger
 from medsynth.store import Manifest
@@ -53,6 +55,8 @@ RESOURCES = "resources.json"
 BY_VERB = {stage.verb: stage for stage in STAGES}
 CHARGING = ("masks", "train", "certify")
 """Stages that reserve in the account of the cohort, or state what it holds."""
+_GROWN = "since then more was reserved for these patients than the certificate says"
+_RESIGNED = "another key than the active one signed the certificate"
 ASSISTED = "train"
 """The stage that the other processes of ``torchrun`` share in; they are let go after it."""
 
@@ -64,7 +68,7 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
         study: the configuration.
         source: the hospital's folder; None when ``cohort/`` is there already.
         run: the run's folder; made when it is not there.
-        replace: make stages again whose settings or inputs changed.
+        replace: make stages again whose settings or inputs changed, and a certificate that is out of date.
 
     Raises:
         StoreError: ``run`` lies in ``source``.
@@ -182,6 +186,9 @@ def run_stage(
 ) -> Manifest:
     """Run one stage unless its finished folder was made from the same settings and inputs.
 
+    A certificate is made again, too, when ``replace`` is set and the active key is not the one that signed it, or more
+    was reserved for its patients since; the latter without ``replace`` as long as nothing was released.
+
     Raises:
         StoreError: the folder was made from others, and ``replace`` is not set.
     """
@@ -191,14 +198,11 @@ def run_stage(
         manifest = store.read_manifest(out)
         changed = _changes(study, stage, manifest, run)
         grown = not changed and stage.verb == "certify" and _spent_since(manifest, run)
-        if grown and not replace and (run / "release").exists():
-            logs.say(
-                "certify: finished before, skipped; since then more was reserved for these patients than the "
-                "certificate says: --replace certifies again"
-            )
-            return manifest
-        if not changed and not grown:
-            logs.say(f"{stage.verb}: finished before, skipped")
+        aged = [_GROWN] * grown + [_RESIGNED] * (not changed and stage.verb == "certify" and _key_replaced(out))
+        again = replace or (grown and not (run / "release").exists())
+        if not changed and not (aged and again):
+            told = "".join(f"; {why}" for why in aged) + (": --replace certifies again" if aged else "")
+            logs.say(f"{stage.verb}: finished before, skipped{told}")
             return manifest
         if changed and not replace:
             raise StoreError(
@@ -244,6 +248,17 @@ def _spent_since(manifest: Manifest, run: Path) -> bool:
     return (ledger.head, others) != (manifest.details["ledger"], manifest.details["account"])
 
 
+def _key_replaced(certificate: Path) -> bool:
+    """Whether another key than the active one signed a certificate; no key signed one that is marked UNCERTIFIED."""
+    path = certificate / PUBLIC_KEY
+    if not path.is_file():
+        return False
+    try:
+        return path.read_bytes() != keys.public(signing_keys())
+    except MedsynthError:  # half of a key, none or nonsense: signing again says what is wrong
+        return True
+
+
 def _headline(run: Path) -> dict[str, float]:
     """Return what studies are compared by, for the parent run (internal, like the report that it is read from)."""
     path = run / "report" / "report.json"
@@ -252,7 +267,8 @@ def _headline(run: Path) -> dict[str, float]:
     report = json.loads(path.read_text(encoding="utf-8"))
     values = {f"dice/{name}": found["mean"] for name, found in report["dice"].items()}
     values |= {f"skill/{name}": found["skill"] for name, found in report["dice"].items() if name != "real_only"}
-    values |= {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
+    values |= {"floor": report["floor"]["mean"]}
+    values |= {"epsilon": round_up(report["epsilon"])} if report["epsilon"] != "inf" else {}
     values |= {"agreement": report["agreement"]["mean"]} if report["agreement"] else {}
     return {name: value for name, value in values.items() if isinstance(value, float)}
 

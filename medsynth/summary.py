@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from medsynth import store
 from medsynth.config import Study
 from medsynth.privacy.audit.finding import Finding
+from medsynth.release.spending import round_up
 
 # Without the kind of work in the address, MLflow 3 opens an experiment as one of language models: no runs are seen.
 _RUNS_PAGE = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
@@ -32,13 +34,17 @@ def summary(study: Study, run: Path) -> str:
         ("audits", _audits(report.get("audits", []))),
         ("report", run / "report" / "report.html"),
         ("release", run / "release"),
-        ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri sqlite:///{run / 'mlflow' / 'mlflow.db'}"),
+        ("MLflow", study.tracking.uri or f"mlflow ui --backend-store-uri {shlex.quote(_database(run))}"),
     ]
     if not study.tracking.uri:
         rows.append(("its page", _RUNS_PAGE))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", f"medsynth run of '{study.name}' finished", *lines])
+
+
+def _database(run: Path) -> str:
+    return f"sqlite:///{run / 'mlflow' / 'mlflow.db'}"
 
 
 def _audits(findings: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +84,7 @@ def _quarantined(reasons: Mapping[str, int]) -> str:
 def _epsilon(study: Study, report: dict[str, Any]) -> str:
     if not study.privacy.private:
         return "infinite: NOT PRIVATE, the release is marked UNCERTIFIED"
-    return f"{report['epsilon']:.3f} at delta {report['delta']:g}, unit {report['unit']}"
+    return f"{round_up(report['epsilon']):.3f} at delta {report['delta']:g}, unit {report['unit']}"
 
 
 def _skill(report: dict[str, Any]) -> list[tuple[str, str]]:

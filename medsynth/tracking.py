@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import tempfile
 import time
 import warnings
@@ -28,6 +29,7 @@ from medsynth.files import replace_bytes
 _FORBIDDEN_IN_KEYS = re.compile(r"[^\w\-. /]")
 _MAX_VALUE_CHARACTERS = 500
 _MAX_DIGEST_CHARACTERS = 36  # width of MLflow's column
+_ARTIFACTS = "/mlflow/artifacts"  # with which every place of our own stores ends
 _BATCH = 100  # MLflow's limit on parameters in one call
 _GIVE_UP_AFTER = 3  # failures in a row; a remote server that is gone costs its time-out each time
 _ENVIRONMENT = {
@@ -220,6 +222,7 @@ def _open_store(uri: str | None, experiment: str, folder: Path) -> _Store:
     if uri is None:
         place = folder.resolve()
         uri, artifacts = f"sqlite:///{place / 'mlflow.db'}", (place / "artifacts").as_uri()
+        _follow_move(place / "mlflow.db", artifacts)
         # Without this, MLflow makes ./mlruns where the command was called and writes that path into the database.
         os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifacts
     from mlflow import MlflowClient
@@ -232,6 +235,30 @@ def _open_store(uri: str | None, experiment: str, folder: Path) -> _Store:
     if known is not None:
         return _Store(client, known.experiment_id)
     return _Store(client, client.create_experiment(experiment, artifact_location=artifacts))
+
+
+def _follow_move(database: Path, artifacts: str) -> None:
+    """Put the folder's present place into a database that was moved (or copied) with it: MLflow keeps absolute ones.
+
+    Args:
+        database: our own store's; nothing is done where there is none yet.
+        artifacts: URI of the folder of artifacts beside it.
+    """
+    if not database.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        if not {"experiments", "runs"} <= {name for (name,) in connection.execute("select name from sqlite_master")}:
+            return  # MLflow was stopped before it had made its tables
+        places = {place for (place,) in connection.execute("select artifact_location from experiments") if place}
+        moved = {place for place in places if place.endswith(_ARTIFACTS) and place != artifacts}
+        for old in moved:
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column} || '/', 1, ?) = ?",
+                    (artifacts, len(old) + 1, len(old) + 1, f"{old}/"),
+                )
+    if moved:
+        logs.say("the MLflow store was moved: it now keeps its figures where it is, and finds the earlier ones here")
 
 
 def _parent_run(store: _Store, memory: Path, run_name: str) -> str | None:

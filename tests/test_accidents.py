@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import resource
@@ -68,6 +69,29 @@ def test_a_verb_without_a_run_folder_keeps_quiet_too(
     assert command(monkeypatch, "verify", tmp_path) == UnexpectedError.exit_code
     shown = "".join(capsys.readouterr())
     assert "unexpected FileNotFoundError in medsynth/cli/verbs.py" in shown and "DOE" not in shown
+
+
+@pytest.mark.parametrize("verb", ["config", "ingest"])
+def test_a_verb_that_the_small_installation_cannot_do_says_so(
+    verb: str, tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def unimportable(*_: Any, **__: Any) -> None:
+        import not_installed  # type: ignore[import-not-found]  # noqa: F401
+
+    study, run = tmp_path / "study.yaml", tmp_path / "run"
+    study.write_text(config.dump(config.parse(tiny_settings)), encoding="utf-8")
+    monkeypatch.setattr("medsynth.config.load" if verb == "config" else "medsynth.study.open_tracker", unimportable)
+    words = ("config", "show", study) if verb == "config" else (verb, study, "--input", tmp_path, "--out", run)
+    assert command(monkeypatch, *words) == 1
+    shown = "".join(capsys.readouterr())
+    assert "needs the full installation of medsynth, and 'not_installed' is not" in shown and "unexpected" not in shown
+    assert not (run / accidents.FOLDER).exists()
+
+
+@pytest.mark.parametrize("module", ["medsynth.no_such_stage", "numpy.no_such_part", "sqlite3.no_such_part"])
+def test_a_missing_module_of_ours_or_of_an_installed_package_is_an_accident(module: str, tmp_path: Path) -> None:
+    with pytest.raises(UnexpectedError, match="unexpected ModuleNotFoundError"), accidents.kept_in(tmp_path):
+        importlib.import_module(module)
 
 
 def test_errors_of_ours_and_interrupts_pass(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from medsynth.privacy.budget import plan_budget
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import GaussianSum
 from medsynth.privacy.scale_law import ScaleLaw
+from medsynth.release.spending import round_up
 from medsynth.site import accounts, site_home, site_key
 from medsynth.stages.inputs import account_of, open_ledger
 
@@ -105,7 +106,7 @@ def test_show_tells_spent_reserved_and_left_by_study(run: Path, tmp_path: Path) 
     both = epsilon([SUM.event()] * 2, 1e-4)
     text = shown("show", run)
     assert text.count("(this run)") == 1
-    assert f"together: epsilon {both:.3f} at delta 0.0001; finished {ALONE:.3f}" in text
+    assert f"together: epsilon {round_up(both):.3f} at delta 0.0001; finished {round_up(ALONE):.3f}" in text
     assert "limit: none" in text
     assert f"limit epsilon {both + 1:g}" in shown("limit", run, f"{both + 1}")
     assert re.search(r"left about 1\.000", shown("show", tmp_path / "other"))
@@ -153,7 +154,7 @@ def test_a_broken_chain_is_told_with_what_to_do(run: Path) -> None:
         error = refused("show", run)
         assert isinstance(error, VerificationError) and "restore the file from a copy" in str(error)
         path.write_bytes(whole)
-    assert ALONE > 0 and f"{ALONE:.3f}" in shown("show", run)
+    assert ALONE > 0 and f"{round_up(ALONE):.3f}" in shown("show", run)
 
 
 def test_a_ledger_of_another_cohort_is_told(run: Path, tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_a_plan_goes_from_epsilon_to_noise_and_back(path: Path, study: Study) ->
     assert f"{wanted.training_noise_multiplier:.4g}" in shown("plan", path, "--epsilon", "0.5", "--parameters", "5")
     noise = str(wanted.training_noise_multiplier)
     back = shown("plan", path, "--set", "privacy.epsilon=0.5", "--noise", noise, "--parameters", "5")
-    assert f"{wanted.epsilon:.3f}" in back
+    assert f"{round_up(wanted.epsilon):.3f}" in back
     little = shown("plan", path, "--set", "privacy.epsilon=0.5", "--noise", "2", "--parameters", "5")
     assert "this costs more than the budget" in little
     assert "at epsilon 0.5 " not in little, "advice is for what the noise costs"
@@ -267,6 +268,7 @@ def test_a_sweep_is_planned_as_a_whole(path: Path) -> None:
         (("--noise", "nan"), "--noise must be a number above 0"),
         (("--noise", "inf"), "--noise must be a number above 0"),
         (("--steps", "-1"), r"train\.steps"),
+        (("--steps", "1000001"), r"train\.steps: .*less than or equal to 1000000"),
         (("--parameters", "0"), "--parameters must be at least 1"),
         (("--set", "train.sampling_rate=1.5"), r"train\.sampling_rate: .*less than or equal to 1"),
         (("--set", "train.sampling_rate=0"), r"train\.sampling_rate: .*greater than 0"),

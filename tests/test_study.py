@@ -16,7 +16,8 @@ from medsynth.errors import BudgetError, PrivacyError, StoreError
 from medsynth.imaging.deidentify import REFERENCES_FILE, References, key_id, write_references
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
-from medsynth.site import site_key
+from medsynth.release import keys
+from medsynth.site import signing_keys, site_key
 from medsynth.stages.inputs import SECTIONS, account_of, config_digest, open_ledger, stage_inputs
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
@@ -232,6 +233,27 @@ def test_a_released_certificate_is_kept_and_told_to_be_old(
     assert ran == [*VERBS, "certify"]
 
 
+def test_a_certificate_of_another_key_is_signed_again_only_when_told(
+    tiny_study: Study, tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    keys.create(signing_keys())
+    study.run_study(tiny_study, None, run)
+    (run / "certificate" / "public.pem").write_bytes(keys.public(signing_keys()))
+    study.run_verb(tiny_study, "certify", None, run, replace=True)
+    assert ran == VERBS and "another key" not in capsys.readouterr().err
+    keys.rotate(signing_keys(), stolen=True)
+    study.run_verb(tiny_study, "certify", None, run)
+    told = capsys.readouterr().err
+    assert ran == VERBS and "another key than the active one signed the certificate: --replace certifies" in told
+    _spend(tmp_path / "other")
+    study.run_verb(tiny_study, "certify", None, run)
+    told = capsys.readouterr().err
+    assert ran == VERBS and "more was reserved" in told and "another key" in told
+    study.run_verb(tiny_study, "certify", None, run, replace=True)
+    assert ran == [*VERBS, "certify"]
+
+
 def test_a_spend_on_other_patients_makes_nothing_old(tiny_study: Study, tmp_path: Path, ran: list[str]) -> None:
     for verb in VERBS[:-1]:
         study.run_verb(tiny_study, verb, None, tmp_path / "run")
@@ -275,11 +297,12 @@ def test_the_page_of_a_run_in_mlflow_says_what_it_promises(
 def test_studies_can_be_sorted_by_skill_and_agreement(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     dice = {"real_only": {"mean": 0.9, "skill": 1.0}, "synthetic_only": {"mean": 0.8, "skill": 0.5}}
-    report = {"dice": dice, "floor": {"mean": 0.7}, "agreement": {"mean": 0.85}, "epsilon": 7.9}
+    report = {"dice": dice, "floor": {"mean": 0.7}, "agreement": {"mean": 0.85}, "epsilon": 7.9921}
     for agreement in (report["agreement"], None):
         (tmp_path / "report" / "report.json").write_text(json.dumps({**report, "agreement": agreement}))
         found = study._headline(tmp_path)
         assert (
             found["skill/synthetic_only"] == 0.5 and found["dice/real_only"] == 0.9 and "skill/real_only" not in found
         )
+        assert found["epsilon"] == 7.993, "rounded up, as in the certificate"
         assert found.get("agreement") == (0.85 if agreement else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def run(tmp_path: Path) -> Path:
         with store.create(tmp_path / name, name, "digest") as folder:
             folder.finish("private", details=details)
     dice = {"mean": 0.81, "ci95": [0.79, 0.83], "n_patients": 3}
-    report = {"dice": {"real_only": dice}, "floor": {"mean": 0.6}, "epsilon": 7.99, "delta": 1e-4, "unit": "patient"}
+    report = {"dice": {"real_only": dice}, "floor": {"mean": 0.6}, "epsilon": 7.9921, "delta": 1e-4, "unit": "patient"}
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text(json.dumps(report))
     return tmp_path
@@ -33,10 +34,17 @@ def test_it_counts_and_says_what_it_cost(tiny_study: Study, run: Path) -> None:
     for expected in (
         "patients in",
         "3  (no_label 2, non_finite 1)",
-        "7.990 at delta 0.0001, unit patient",
+        "7.993 at delta 0.0001, unit patient",
         "0.810  (95 %",
     ):
         assert expected in text
+
+
+def test_the_command_that_opens_mlflow_is_fit_for_a_shell(tiny_study: Study, run: Path) -> None:
+    spaced = run.rename(run.with_name("a patient's $(folder)"))
+    (line,) = [line for line in summary(tiny_study, spaced).splitlines() if line.startswith("MLflow")]
+    words = shlex.split(line)
+    assert words == ["MLflow", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{spaced / 'mlflow' / 'mlflow.db'}"]
 
 
 def test_a_study_without_privacy_is_called_so(tiny_study: Study, run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -147,6 +148,47 @@ def test_a_store_that_cannot_be_opened_gives_a_tracker_that_forgets(
         assert type(tracker) is Tracker
         tracker.metrics({"loss": 1.0})
     assert "MLflow failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("carry", ["move", "copy"])
+def test_a_store_that_was_carried_elsewhere_keeps_and_finds_its_figures_there(
+    carry: str, written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    before, after = tmp_path / "run", tmp_path / "a patient's folder" / "run"
+    shutil.copytree(written.folder, before)
+    with open_tracker(None, "medsynth", before, "demo"):  # where `written` is, a copy of it must not write
+        pass
+    known = {path: path.read_bytes() for path in before.rglob("*.png")}
+    after.parent.mkdir()
+    shutil.copytree(before, after)
+    if carry == "move":
+        shutil.rmtree(before)
+    capsys.readouterr()
+    figure = tmp_path / "new.png"
+    figure.write_bytes(b"\x89PNG new")
+    for _ in range(2):
+        with open_tracker(None, "medsynth", after, "demo") as tracker, tracker.stage("evaluate") as stage:
+            stage.figure(figure, "evaluate/new")
+    shown = capsys.readouterr().err
+    assert shown.count("was moved") == 1 and "a patient" not in shown and str(tmp_path) not in shown
+    assert len(list(after.rglob("new.png"))) == 2
+    assert {path: path.read_bytes() for path in before.rglob("*.png")} == (known if carry == "copy" else {})
+    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+        places = [place for (place,) in _rows(written._replace(folder=after), f"select {column} from {table}")]
+        assert places and all(place.startswith((after / "mlflow" / "artifacts").as_uri()) for place in places)
+
+    from mlflow import MlflowClient
+
+    ((run,),) = _rows(written._replace(folder=after), "select run_uuid from runs where name='train'")
+    client = MlflowClient(f"sqlite:///{after / 'mlflow' / 'mlflow.db'}")
+    assert [one.path for one in client.list_artifacts(run, "evaluate")] == ["evaluate/dice.png"]
+
+
+def test_a_database_without_tables_is_left_to_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    tracking._follow_move(tmp_path / "mlflow.db", "file:///here/mlflow/artifacts")
+    assert (tmp_path / "mlflow.db").read_bytes() == b""
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:

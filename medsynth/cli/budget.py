@@ -48,7 +48,8 @@ def budget_plan(
     epsilon: Annotated[float | None, typer.Option("--epsilon", help="budget; default: the study's")] = None,
     delta: Annotated[float | None, typer.Option("--delta", help="failure probability; default: the study's")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="training steps; with --epsilon and --noise they are computed")
+        int | None,
+        typer.Option("--steps", help="training steps, at most 1,000,000; with --epsilon and --noise they are computed"),
     ] = None,
     noise: Annotated[
         float | None, typer.Option("--noise", help="noise multiplier of the training; without it, it is computed")

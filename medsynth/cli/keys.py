@@ -81,7 +81,7 @@ def keys_rotate(
 
 @keys_app.command("public")
 def keys_public(
-    out: Annotated[Path | None, typer.Option("--out", help="write the public key into this file")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="write the public key into this new file")] = None,
 ) -> None:
     """Print (or write) the public key and its fingerprint, to be handed to collaborators by another way than releases.
 

@@ -160,9 +160,14 @@ def phantom(
     from medsynth.errors import StoreError
     from medsynth.imaging.phantom_hospital import write_hospital
 
-    if out.exists() and any(out.iterdir()):
-        raise StoreError("the phantom hospital needs a new or empty folder: choose another --out")
-    write_hospital(out, patients, seed)
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise StoreError("the phantom hospital needs a new or empty folder: choose another --out")
+        write_hospital(out, patients, seed)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the phantom hospital: {error.strerror}; name an --out folder that you can write to"
+        ) from error
     print(f"phantom hospital of {patients} patients written")
 
 
@@ -260,9 +265,7 @@ def _run() -> None:
     except accidents.Stopped as stopped:
         print("medsynth: stopped by a signal: finished stages stay, the same command goes on", file=sys.stderr)
         sys.exit(stopped.code)
-    except MedsynthError as error:
-        print(f"medsynth: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except Exception as error:
-        print(f"medsynth: {accidents.describe(error)}", file=sys.stderr)
-        sys.exit(UnexpectedError.exit_code)
+        ours = error if isinstance(error, MedsynthError) else accidents.lacking(error)
+        print(f"medsynth: {ours or accidents.describe(error)}", file=sys.stderr)
+        sys.exit(ours.exit_code if ours else UnexpectedError.exit_code)

@@ -16,6 +16,7 @@ from medsynth.errors import BudgetError, PrivacyError
 from medsynth.privacy.accounting import Event, claimed, epsilon, planned
 from medsynth.privacy.pld import epsilon_bounds, gaussian_delta
 from medsynth.privacy.scale_law import reach
+from medsynth.sections import MOST_STEPS
 
 # The mask statistics are two noisy sums (means of pose and shape, then their spread), which split their share of
 # mu^2 equally.
@@ -24,7 +25,6 @@ MASK_SUMS = 2
 _RELATIVE_MARGIN = 1e-3
 _ABSOLUTE_MARGIN = 1e-3
 _MAX_MULTIPLIER = 1e6
-_MAX_STEPS = 1_000_000
 
 _VOXELS_A_COSINE, _MOST_COSINES, _LEAST_COSINES = 8, 8, 2
 _FULL_REACH = 74.0  # of the appearance statistics, from which on all features stand out of the noise (docs/log.md)
@@ -160,12 +160,12 @@ def most_steps(privacy: Privacy, train: Train, masks: Masks, training_noise: flo
             f"epsilon {privacy.epsilon:g} does not pay for one step at noise multiplier {training_noise:g}: raise one"
         )
     low, high = 1, 2
-    while high < _MAX_STEPS and fits(high):
+    while high < MOST_STEPS and fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 1000):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return min(low, MOST_STEPS)
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:

@@ -62,10 +62,11 @@ def create(folder: Path, passphrase: bytes | None = None) -> str:
         passphrase: protects the key; None leaves that to the file's mode.
 
     Raises:
-        CertificationError: there is an active key already, or the folder cannot be written.
+        CertificationError: there is an active key already, or half of one, or the folder cannot be written.
     """
     with _locked(folder):
-        if (folder / PRIVATE_KEY).exists():
+        if _has_key(folder):
+            public(folder)
             raise CertificationError("there is an active key already: replace it with `medsynth keys rotate`")
         return _install(folder, signing.new_key(), passphrase)
 
@@ -78,11 +79,12 @@ def open_key(folder: Path, *, ask: bool = True) -> SigningKey:
         ask: whether a passphrase may be asked for at the terminal; otherwise only the environment is looked at.
 
     Raises:
-        CertificationError: the key is unreadable, no Ed25519 key, readable by others, or its passphrase is not there.
+        CertificationError: the key is unreadable, no Ed25519 key, readable by others, its passphrase is not there, or
+            only its public half is.
     """
     path = folder / PRIVATE_KEY
     with _locked(folder):
-        if not path.exists():
+        if not _has_key(folder):
             passphrase = stored_passphrase()
             _install(folder, signing.new_key(), passphrase)
             hint = {} if passphrase else {"protect_it": "medsynth keys protect"}
@@ -105,7 +107,7 @@ def protect(folder: Path, file: Path | None = None) -> None:
         CertificationError: there is no key, or a passphrase cannot be had.
     """
     path = folder / PRIVATE_KEY
-    if not path.exists():
+    if not _has_key(folder):
         raise CertificationError("there is no key to protect: make one with `medsynth keys new --passphrase`")
     pem = _read_private(path)
     key = signing.load_private(pem, opening_passphrase() if signing.is_protected(pem) else None)
@@ -130,7 +132,7 @@ def rotate(folder: Path, passphrase: bytes | None = None, *, delete_old: bool = 
         CertificationError: there is no active key, or it cannot be opened.
     """
     path = folder / PRIVATE_KEY
-    if not path.exists():
+    if not _has_key(folder):
         raise CertificationError("there is no key to rotate: make one with `medsynth keys new`")
     old_pem = _read_private(path)
     opening = opening_passphrase() if signing.is_protected(old_pem) else None
@@ -148,9 +150,13 @@ def rotate(folder: Path, passphrase: bytes | None = None, *, delete_old: bool = 
 
 
 def known_keys(folder: Path) -> list[KeyInfo]:
-    """Return every key of the site, the active one first."""
+    """Return every key of the site, the active one first.
+
+    Raises:
+        CertificationError: one half of the active key is missing.
+    """
     found: list[KeyInfo] = []
-    if (folder / PRIVATE_KEY).is_file():
+    if _has_key(folder):
         pem = public(folder)
         found.append(KeyInfo(signing.key_id(pem), True, signing.is_protected(_read_private(folder / PRIVATE_KEY))))
     for path in sorted((folder / RETIRED).glob("*.public.pem")):
@@ -166,29 +172,67 @@ def public(folder: Path) -> bytes:
     """Return the active key's public half (PEM).
 
     Raises:
-        CertificationError: there is none.
+        CertificationError: there is none, or one half of it is missing.
     """
+    if not _has_key(folder):
+        raise CertificationError("this site has no signing key: make one with `medsynth keys new`")
     try:
         return signing.canonical_pem((folder / PUBLIC_KEY).read_bytes())
     except FileNotFoundError:
-        raise CertificationError("this site has no signing key: make one with `medsynth keys new`") from None
+        again = " (the next `medsynth certify` writes it again as well)"
+        raise CertificationError(_half(PUBLIC_KEY, PRIVATE_KEY, again)) from None
+
+
+def _has_key(folder: Path) -> bool:
+    """Whether there is an active private key.
+
+    Raises:
+        CertificationError: only its public half is there; nothing can be signed with that, and it may not be replaced
+            in silence, because collaborators hold it.
+    """
+    if (folder / PRIVATE_KEY).exists():
+        return True
+    if (folder / PUBLIC_KEY).exists():
+        raise CertificationError(_half(PRIVATE_KEY, PUBLIC_KEY))
+    return False
+
+
+def _half(missing: str, left: str, otherwise: str = "") -> str:
+    return (
+        f"half of the signing key is missing: there is {left} and no {missing} in MEDSYNTH_HOME/keys. Restore it from "
+        f"the backup{otherwise}, or move {left} away and make a new key with `medsynth keys new`"
+    )
 
 
 def hand_out(folder: Path, out: Path | None) -> list[str]:
     """Return the active public key and its fingerprint as lines; with ``out`` the key is written there instead.
 
     Raises:
-        CertificationError: there is no key, or ``out`` cannot be written.
+        CertificationError: there is no key, ``out`` cannot be written, or it is there and holds something else.
     """
     pem = public(folder)
     named = f"fingerprint (SHA-256): {signing.fingerprint(signing.key_id(pem))}"
     if out is None:
         return [pem.decode().rstrip("\n"), named]
     try:
-        out.write_bytes(pem)
+        with out.open("xb") as file:  # never over a file that is there: it may be the private key
+            file.write(pem)
+    except FileExistsError:
+        if not _holds(out, pem):
+            raise CertificationError(
+                f"'{out.name}' is there already and is not this public key: choose another name, nothing was written"
+            ) from None
     except OSError as error:
         raise CertificationError(f"the public key cannot be written: {error.strerror}") from error
     return [f"public key written to {out.name}", named]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether ``path`` is an ordinary file of this content; reading anything else might wait for ever."""
+    try:
+        return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def handover(folder: Path, *, stolen: bool = False) -> list[str]:

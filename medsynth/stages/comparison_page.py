@@ -9,6 +9,7 @@ from pathlib import Path
 
 from medsynth.metrics import figures
 from medsynth.metrics.figures import Point
+from medsynth.release.spending import round_up
 from medsynth.stages.comparison_schema import Comparison, Kind, Measured, Run, Scores, TrainingSet
 from medsynth.stages.report_page import figure, number, page, table
 
@@ -199,7 +200,9 @@ def _runs(result: Comparison) -> str:
 
 def _run(run: Run) -> list[str]:
     crowd, near = run.fidelity, run.memorisation
-    planned = "not private" if run.epsilon == "inf" else f"{run.epsilon:g} <small>spent {run.spent:.3f}</small>"
+    planned = "not private"
+    if isinstance(run.epsilon, float) and isinstance(run.spent, float):
+        planned = f"{run.epsilon:g} <small>spent {round_up(run.spent):.3f}</small>"
     return [
         f"{escape(run.label)}<small>{escape(run.study)}</small>",
         planned,

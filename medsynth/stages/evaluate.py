@@ -300,7 +300,7 @@ def _drawn_measures(
 
 
 def _tracked(report: Mapping[str, Any]) -> dict[str, float]:
-    values: dict[str, float] = {"floor": report["floor"]["mean"], "epsilon": report["epsilon"]}
+    values: dict[str, float] = {"floor": report["floor"]["mean"], "epsilon": spending.round_up(report["epsilon"])}
     for regime, block in report["dice"].items():
         values[f"dice/{regime}"] = block["mean"]
         if block.get("skill") is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from medsynth.release.spending import round_up
+
 NAMES = {
     "real_only": "real only",
     "synthetic_only": "synthetic only",
@@ -109,9 +111,9 @@ def reading(report: Mapping[str, Any]) -> list[str]:
     if report["epsilon"] == "inf":
         lines.append("Training was not private: nothing of this study can be certified.")
     else:
-        attack = report["attack"]
+        attack, spent = report["attack"], round_up(report["epsilon"])
         lines.append(
-            f"Privacy: epsilon {report['epsilon']:.2f} at delta {report['delta']:g} for a whole patient. Whoever "
+            f"Privacy: epsilon {spent:.3f} at delta {report['delta']:g} for a whole patient. Whoever "
             f"accepts {attack['false_positive_rate']:.0%} false alarms recognises a patient as a member with a chance "
             f"of at most {attack['true_positive_rate_at_most']:.1%}, whatever the method."
         )
@@ -201,8 +203,8 @@ def _cards(report: Mapping[str, Any]) -> list[str]:
     dice = report["dice"]
     values = [(number(dice[name]["mean"]), f"Dice, {NAMES[name]}") for name in NAMES if name in dice]
     values.append((number(report["floor"]["mean"]), "Dice of a constant mean shape"))
-    epsilon = report["epsilon"]
-    values.append(("none" if epsilon == "inf" else f"ε {epsilon:.2f}", f"privacy per patient, δ {report['delta']:g}"))
+    epsilon = "none" if report["epsilon"] == "inf" else f"ε {round_up(report['epsilon']):.3f}"
+    values.append((epsilon, f"privacy per patient, δ {report['delta']:g}"))
     return [f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in values]
 
 

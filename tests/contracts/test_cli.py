@@ -86,6 +86,14 @@ def test_typo_in_a_config_has_its_path_and_exit_code(root: Path, tmp_path: Path)
     assert "privacy.declared_patient" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("out", ["file", "file/hospital"])
+def test_a_phantom_hospital_that_cannot_be_written_has_its_exit_code(root: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    result = medsynth("phantom", "--out", str(tmp_path / out), "--patients", "2", root=root)
+    assert result.returncode == 4, result.stderr
+    assert "Not a directory; name an --out folder" in result.stderr and str(tmp_path) not in result.stderr
+
+
 def test_missing_release_has_its_exit_code(root: Path, tmp_path: Path) -> None:
     result = medsynth("verify", str(tmp_path / "absent"), root=root)
     assert result.returncode == 8

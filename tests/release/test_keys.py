@@ -67,6 +67,26 @@ def test_a_second_new_key_is_refused(folder: Path) -> None:
     assert keys.known_keys(folder) == [keys.KeyInfo(identity, active=True, protected=False)]
 
 
+@pytest.mark.parametrize(("missing", "left"), [("public.pem", "private.pem"), ("private.pem", "public.pem")])
+def test_half_a_key_is_called_that_by_every_verb_and_never_replaced(folder: Path, missing: str, left: str) -> None:
+    identity = keys.create(folder)
+    kept = (folder / left).read_bytes()
+    (folder / missing).unlink()
+    asked = [keys.known_keys, keys.public, keys.create, lambda folder: keys.hand_out(folder, None)]
+    if missing == "private.pem":  # the others go on with the private half alone, and write the public one again
+        asked += [keys.open_key, keys.protect, keys.rotate]
+    for ask in asked:
+        with pytest.raises(CertificationError, match=rf"there is {left} and no {missing}.*backup.*move {left} away"):
+            ask(folder)
+    assert (folder / left).read_bytes() == kept and not (folder / missing).exists()
+    if missing == "public.pem":
+        keys.open_key(folder)
+        assert [info.key_id for info in keys.known_keys(folder)] == [identity]
+        return
+    (folder / left).rename(folder / "old.pem")
+    assert keys.create(folder) != identity
+
+
 def test_making_a_key_says_how_to_protect_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys.open_key(folder)
     assert "medsynth keys protect" in capsys.readouterr().err
@@ -286,6 +306,24 @@ def test_the_verbs_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "hospital.pem").read_bytes() == keys.public(site.signing_keys())
     assert "trust the old key no more" in run("rotate", "--stolen", "--delete-old")
     assert "PRIVATE" not in "".join((first, shown, *listed))
+
+
+def test_handing_out_the_public_key_overwrites_nothing(folder: Path, tmp_path: Path) -> None:
+    keys.create(folder)
+    secret = private(folder).read_bytes()
+    link = tmp_path / "link.pem"
+    link.symlink_to(tmp_path / "nowhere")
+    other = write_secret(tmp_path / "other.pem", "a thesis")
+    for out in (private(folder), other, link, tmp_path):
+        with pytest.raises(CertificationError, match="choose another name"):
+            keys.hand_out(folder, out)
+    assert private(folder).read_bytes() == secret and other.read_text() == "a thesis"
+    assert not (tmp_path / "nowhere").exists()
+    for _ in range(2):
+        keys.hand_out(folder, tmp_path / "hospital.pem")
+    assert (tmp_path / "hospital.pem").read_bytes() == keys.public(folder)
+    with pytest.raises(CertificationError, match="cannot be written"):
+        keys.hand_out(folder, tmp_path / "missing" / "hospital.pem")
 
 
 def test_without_a_key_there_is_nothing_to_hand_out() -> None:

@@ -57,5 +57,6 @@ def test_the_small_install_refuses_what_the_full_one_refuses(small: Path, releas
 
 @pytest.mark.slow
 def test_what_the_small_install_lacks_is_said_without_a_traceback(small: Path) -> None:
-    done = run(small / "bin" / "medsynth", "config", "show", "configs/demo.yaml")
-    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for words in (("config", "show", "configs/demo.yaml"), ("doctor", "RUN"), ("phantom", "--out", "HOSPITAL")):
+        done = run(small / "bin" / "medsynth", *words)
+        assert done.returncode == 1 and "full installation" in done.stderr and "Traceback" not in done.stderr

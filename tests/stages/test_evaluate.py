@@ -129,6 +129,10 @@ def test_a_dice_at_the_floor_is_called_what_it_is() -> None:
     text = " ".join(report_page.reading(report))
     assert "next to nothing was learnt" in text and "do not obey" in text and "look at the pictures" in text
     assert "25% of the synthetic label maps" in text and "80%" in text
+    attack = {"false_positive_rate": 0.1, "true_positive_rate_at_most": 0.9}
+    report |= {"epsilon": 7.9921, "delta": 1e-4, "attack": attack}
+    shown = " ".join([*report_page.reading(report), *report_page._cards(report)])
+    assert shown.count("7.993") == 2, "rounded up, as in the certificate"
 
 
 def test_a_model_too_weak_to_judge_pairs_says_nothing_of_their_images_either() -> None:
