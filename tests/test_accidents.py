@@ -53,7 +53,9 @@ def test_an_unforeseen_error_names_no_value_and_keeps_its_traceback_inside(
     study, run = tmp_path / "study.yaml", tmp_path / "run"
     study.write_text(config.dump(config.parse(tiny_settings)), encoding="utf-8")
     monkeypatch.setattr("medsynth.study.open_tracker", fail)
-    assert command(monkeypatch, verb, study, "--input", tmp_path, "--out", run) == UnexpectedError.exit_code
+    assert (
+        command(monkeypatch, verb, study, "--input", tmp_path / "hospital", "--out", run) == UnexpectedError.exit_code
+    )
     shown = "".join(capsys.readouterr())
     assert "unexpected FileNotFoundError in medsynth/study.py, line" in shown
     assert "DOE" not in shown and str(tmp_path) not in shown and "Traceback" not in shown
@@ -81,7 +83,9 @@ def test_a_verb_that_the_small_installation_cannot_do_says_so(
     study, run = tmp_path / "study.yaml", tmp_path / "run"
     study.write_text(config.dump(config.parse(tiny_settings)), encoding="utf-8")
     monkeypatch.setattr("medsynth.config.load" if verb == "config" else "medsynth.study.open_tracker", unimportable)
-    words = ("config", "show", study) if verb == "config" else (verb, study, "--input", tmp_path, "--out", run)
+    words = (
+        ("config", "show", study) if verb == "config" else (verb, study, "--input", tmp_path / "hospital", "--out", run)
+    )
     assert command(monkeypatch, *words) == 1
     shown = "".join(capsys.readouterr())
     assert "needs the full installation of medsynth, and 'not_installed' is not" in shown and "unexpected" not in shown
