@@ -132,7 +132,7 @@ def _finished(out: Path) -> Path:
 def _clear(folder: Path) -> None:
     """Remove what the manifest does not name."""
     named = read_manifest(folder).files.keys() | {MANIFEST}
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in list(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in named:
             path.unlink()
 

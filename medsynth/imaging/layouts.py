@@ -222,10 +222,9 @@ def _without_image(masks: Mapping[str, list[Path]], images: Collection[str], set
 
 def _of_no_known_kind(folder: Path) -> Iterator[Case]:
     """What lies among the images and is none that can be read is told: it may be a patient's."""
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.name[0] != "." and not path.name.lower().endswith((*NIFTI, *RASTER)):
-                yield Case("raster", "", (path,), refused="unknown_kind")
+    for path in _listed(folder):
+        if not _readable(path):
+            yield Case("raster", "", (path,), refused="unknown_kind")
 
 
 def _pairs(root: Path, settings: Ingest) -> Iterator[Case]:
@@ -258,9 +257,16 @@ def _pair_folders(root: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.name.lower().endswith((*NIFTI, *RASTER)) and p.name[0] != ".")
+    return [path for path in _listed(folder) if _readable(path)]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Return what a folder holds, hidden files left out; nothing where there is no folder."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+
+
+def _readable(path: Path) -> bool:
+    return path.name.lower().endswith((*NIFTI, *RASTER))
 
 
 def _kind(path: Path) -> Literal["nifti", "raster"]:

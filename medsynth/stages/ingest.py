@@ -64,6 +64,11 @@ class Outcome:
     refused: tuple[tuple[Case, CaseRefused], ...]
     references: frozenset[str] = field(repr=False)
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many cases were refused for which reason."""
+        return Counter(refusal.reason for _, refusal in self.refused)
+
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
     """Read the hospital's folder and write the cohort.
@@ -95,7 +100,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         refusals = _refusals(outcome.refused, source, names)
         _write_csv(folder.path / QUARANTINE_FILE, QUARANTINE_COLUMNS, refusals)
         patients = len({row.patient_id for row in outcome.rows})
-        reasons = dict(sorted(Counter(refusal.reason for _, refusal in outcome.refused).items()))
+        reasons = dict(sorted(outcome.reasons.items()))
         logs.say("ingest", patients=patients, cases=len(outcome.rows), quarantined=len(outcome.refused), **reasons)
         tracker.metrics({"patients": patients, "quarantined": len(outcome.refused)})
         details = {"patients": patients, "cases": len(outcome.rows), "quarantined": reasons}
@@ -200,8 +205,7 @@ def _refusing_unforeseen() -> Iterator[None]:
 
 
 def _check(config: Study, outcome: Outcome) -> None:
-    reasons = Counter(refusal.reason for _, refusal in outcome.refused)
-    found = "; ".join(f"{count} x {reason} ({REASONS[reason]})" for reason, count in reasons.most_common())
+    found = "; ".join(f"{count} x {reason} ({REASONS[reason]})" for reason, count in outcome.reasons.most_common())
     if not outcome.rows:
         raise InputError(f"no usable case among {len(outcome.refused)} found: {found}")
     splits = {row.split for row in outcome.rows}

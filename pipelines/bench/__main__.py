@@ -72,16 +72,17 @@ def _measure_all(arguments: argparse.Namespace) -> list[Entry]:
     from pipelines.bench.configurations import CONFIGURATIONS, TINY, Place
     from pipelines.bench.engines import ENGINES
     from pipelines.bench.measuring import Effort, MemoryServer
-    from pipelines.bench.results import save
+    from pipelines.bench.results import place_of, save
 
     chosen = [TINY] if arguments.quick else [CONFIGURATIONS[n] for n in arguments.config or CONFIGURATIONS]
     engines = list(dict.fromkeys(["plain", *(arguments.engine or ENGINES)]))
     effort = Effort(rounds=2, least=2) if arguments.quick else Effort(rounds=arguments.rounds)
-    entries = _read(arguments.out) if arguments.resume and arguments.out.is_file() else []
     server = MemoryServer()
     place = Place(arguments.device, arguments.bf16)
     if place.device == "cuda":
         compute_exactly()
+    kept = _read(arguments.out) if arguments.resume and arguments.out.is_file() else []
+    entries = [e for e in kept if place_of(e) == (place.name, place.precision)]
     work = [(t, c) for t in arguments.threads or ([1] if place.device == "cuda" else [1, 2]) for c in chosen]
     for threads, configuration in logs.progress(work, "configurations measured", len(work)):
         done = [e for e in entries if (e["config"], e["threads"]) == (configuration.name, threads)]

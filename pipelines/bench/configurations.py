@@ -83,6 +83,11 @@ class Place:
         """The device as reports name it."""
         return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
 
+    @property
+    def precision(self) -> str:
+        """The precision as reports name it."""
+        return "bf16" if self.bf16 else "float32"
+
     def seconds(self) -> float:
         """Return a clock's time: this process's CPU time, or on a GPU, once it has done its work, the wall's."""
         if self.device == "cpu":

@@ -38,7 +38,7 @@ def entry(
         "engine": engine,
         "threads": threads,
         "device": problem.place.name,
-        "precision": "bf16" if problem.place.bf16 else "float32",
+        "precision": problem.place.precision,
         "patients": len(problem.batches),
         "draws": problem.configuration.draws,
         "trained_parameters": problem.trained,
@@ -182,9 +182,14 @@ def details(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
+def place_of(found: Entry) -> tuple[str, str]:
+    """Return device and precision of an entry; one of before there was a choice names neither."""
+    return found.get("device", CPU.name), found.get("precision", CPU.precision)
+
+
 def _where(entries: Sequence[Entry], threads: int) -> str:
-    """Return what was measured where, as titles say it; results of before there was a choice name no device."""
-    places = {(e.get("device", "cpu"), e.get("precision", "float32")) for e in entries if e["threads"] == threads}
+    """Return what was measured where, as titles say it."""
+    places = {place_of(e) for e in entries if e["threads"] == threads}
     return f"{threads} thread(s), {', '.join(' '.join(place) for place in sorted(places))}"
 
 

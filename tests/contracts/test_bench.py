@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from medsynth.privacy.gradients import ClippedSum
-from pipelines.bench.configurations import CPU
+from pipelines.bench.configurations import CPU, Place
 from pipelines.bench.measuring import Reference, Timing, compare, ratios
-from pipelines.bench.results import cell, geometric_mean, quartiles, rows
+from pipelines.bench.results import cell, geometric_mean, place_of, quartiles, rows
 
 ENGINES = ["plain", "bookkeeping", "naive-loop", "opacus-hooks", "opacus-ghost", "opacus-functorch", "vmap"]
 
@@ -64,6 +64,11 @@ def test_a_wrong_sum_norm_or_clip_is_not_correct() -> None:
     assert not compare(ClippedSum([right.sums[0] * 1.0001], [1.0, 2.0]), right, [1.0], 1.0).correct
     assert not compare(ClippedSum([right.sums[0]], [1.0, 2.0001]), right, [1.0], 1.0).correct
     assert not compare(ClippedSum([right.sums[0]], [1.0, 2.0]), right, [1.00001], 1.0).correct
+
+
+def test_results_of_before_there_was_a_choice_are_of_the_cpu() -> None:
+    assert place_of({}) == (CPU.name, CPU.precision) == ("cpu", "float32")
+    assert place_of({"device": "cpu", "precision": Place(bf16=True).precision}) == ("cpu", "bf16")
 
 
 def test_ratios_are_taken_within_a_round() -> None:

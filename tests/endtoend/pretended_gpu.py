@@ -95,11 +95,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         strangers = [t for t in given if not isinstance(t, _Elsewhere) and t.dim() > 0]
         if strangers:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found two")
-    if asked is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu") if torch.device(asked).type in ("cuda", _NAME) else asked}
+    out = elsewhere if asked is None else torch.device(asked).type in ("cuda", _NAME)
+    if asked is not None and out:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
     here = tree_map_only(_Elsewhere, lambda t: t.here, (args, kwargs))
     found = func(*here[0], **here[1])
-    out = torch.device(asked).type in ("cuda", _NAME) if asked is not None else elsewhere
     if not out:
         return found
     wrapped = tree_map_only(Tensor, lambda t: t if isinstance(t, _Elsewhere) else _Elsewhere(t), found)

@@ -821,24 +821,23 @@ def label_maps(folder: Path, **grid: Any) -> list[np.ndarray]:
     return [p.labels[0].numpy() for s in ("train", "test") for p in load_patients(folder, settings.grid, s)]
 
 
-@pytest.mark.parametrize("palette", [[255, 0], [0, 255]])
-def test_black_and_white_in_a_palette_are_not_numbers_of_labels(palette: list[int], tmp_path: Path) -> None:
-    """Pillow numbers colours as it likes: white is often 0."""
+@pytest.mark.parametrize(
+    ("colours", "foreground"),
+    [
+        pytest.param([[255] * 3, [0] * 3], 0, id="white is 0"),
+        pytest.param([[0] * 3, [255] * 3], 1, id="white is 1"),
+        pytest.param([[0, 0, 0], [128, 0, 0]], 1, id="label 1 is red"),
+    ],
+)
+def test_black_and_white_in_a_palette_are_not_numbers_of_labels_but_indices_of_colours_are(
+    colours: list[list[int]], foreground: int, tmp_path: Path
+) -> None:
+    """Pillow numbers black and white as it likes: white is often 0."""
     source = put_photographs(tmp_path / "in", 6)
     for path in (source / "masks").iterdir():
         white = np.asarray(Image.open(path)) > 0
-        indexed = Image.fromarray(np.where(white, palette.index(255), palette.index(0)).astype(np.uint8), "P")
-        indexed.putpalette([grey for grey in palette for _ in range(3)])
-        indexed.save(path)
-    assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == []
-    assert all(0.1 < labels.mean() < 0.25 for labels in label_maps(tmp_path / "out"))
-
-
-def test_indices_into_a_palette_of_colours_are_labels(tmp_path: Path) -> None:
-    source = put_photographs(tmp_path / "in", 6)
-    for path in (source / "masks").iterdir():
-        indexed = Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8), "P")
-        indexed.putpalette([0, 0, 0, 128, 0, 0])
+        indexed = Image.fromarray(np.where(white, foreground, 1 - foreground).astype(np.uint8), "P")
+        indexed.putpalette([value for colour in colours for value in colour])
         indexed.save(path)
     assert ingested(study(**PHOTOGRAPH), source, tmp_path / "out") == []
     assert all(0.1 < labels.mean() < 0.25 for labels in label_maps(tmp_path / "out"))

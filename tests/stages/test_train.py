@@ -140,6 +140,16 @@ def reservations(inputs: dict[str, Path]) -> list[dict[str, Any]]:
     return [e for e in Ledger(inputs["ledger"]).entries() if e["mechanisms"] == ["dp_sgd:denoiser"]]
 
 
+def kill_at(
+    study: Study, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, stopped: Any
+) -> None:
+    """Train with ``stopped``, which kills, in the place of a function."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stopped)
+        with pytest.raises(Killed):
+            train.run(study, inputs, inputs["generator"], Tracker())
+
+
 def kill_before_it_is_finished(study: Study, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     rename = os.replace
 
@@ -148,10 +158,7 @@ def kill_before_it_is_finished(study: Study, inputs: dict[str, Path], monkeypatc
             raise Killed
         rename(source, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stopped)
-        with pytest.raises(Killed):
-            train.run(study, inputs, inputs["generator"], Tracker())
+    kill_at(study, inputs, monkeypatch, os, "replace", stopped)
 
 
 def kill(study: Study, inputs: dict[str, Path], after: int, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -326,10 +333,7 @@ def test_a_run_killed_as_it_was_reserved_goes_on_with_that_reservation(
     def stopped(*_: Any) -> None:
         raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(private_training, "_require_reserved", stopped)
-        with pytest.raises(Killed):
-            train.run(study, inputs, inputs["generator"], Tracker())
+    kill_at(study, inputs, monkeypatch, private_training, "_require_reserved", stopped)
     train.run(study, inputs, inputs["generator"], Tracker())
     assert len(reservations(inputs)) == 1
 
@@ -345,10 +349,7 @@ def test_a_run_killed_before_its_state_names_the_reservation_does_not_pay_twice(
             raise Killed
         save(job, state)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Job, "save", stopped)
-        with pytest.raises(Killed):
-            train.run(study, inputs, inputs["generator"], Tracker())
+    kill_at(study, inputs, monkeypatch, Job, "save", stopped)
     assert [entry["status"] for entry in reservations(inputs)] == ["reserved"]
     taken = steps_taken(monkeypatch)
     train.run(study, inputs, inputs["generator"], Tracker())
@@ -380,10 +381,7 @@ def test_a_run_killed_while_its_scratch_goes_is_finished_and_not_paid_twice(
             raise Killed
         unlink(path, missing_ok)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stopped)
-        with pytest.raises(Killed):
-            train.run(study, inputs, inputs["generator"], Tracker())
+    kill_at(study, inputs, monkeypatch, Path, "unlink", stopped)
     assert not store.is_done(inputs["generator"])
     store.settle(inputs["generator"])  # as every stage is begun
     manifest = store.read_manifest(inputs["generator"])
