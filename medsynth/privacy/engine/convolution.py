@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medsynth.privacy.engine.gram import Axis, box_matrix, box_sum
+from medsynth.privacy.engine.gram import Axis, box_matrix, box_sum, joined, joined_share
 from medsynth.privacy.engine.part import (
     Backward,
     Layer,
@@ -28,8 +28,8 @@ from medsynth.privacy.engine.part import (
 _BLOCK = 2**18
 # Squared number of positions up to which the box sum is one product with a constant matrix.
 _DENSE = 256
-# Voxels of a map up to which unfolded patches are worth a try for the contraction.
-_SMALL_MAP = 16
+# Share of a kernel that meets voxels, not padding, up to which the contraction is worth a try tap by tap.
+_SEEN = 0.5
 # Floats of unfolded patches of a whole batch up to which they are worth a try.
 _UNFOLDED = 2**26
 
@@ -74,7 +74,8 @@ class ConvolutionWeight:
       ``W_j = sum_q g[q - d j + p] x[q]^T``.
     - *box*, *dense*: ``|G_i|^2 = <U_i^T U_i, G_i^T G_i>`` (Goodfellow 2015; Bu et al. 2022, eq. 2.2), with the Gram
       matrix of patches as a box sum of that of the input (see :mod:`medsynth.privacy.engine.gram`).
-    - contraction: ``sum_i c_i G_i`` is the ordinary weight gradient for output gradients scaled by c.
+    - contraction: ``sum_i c_i G_i`` is the ordinary weight gradient for output gradients scaled by c: *native*, or by
+      *taps*, ``W_j = sum_o g[o] x[s o + d j - p]^T``, one product a kernel offset over the voxels that it joins.
     """
 
     value: Tensor
@@ -143,9 +144,9 @@ class ConvolutionWeight:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def contractions(self) -> tuple[str, ...]:
-        """The native weight gradient; on small maps also one product with unfolded patches, which can be faster."""
-        small = math.prod(self._roles()[1].shape[2:]) <= _SMALL_MAP
-        return ("native", "unfold") if small and not self._pointwise() else ("native",)
+        """The native weight gradient; also by taps on maps so small that most of the kernel meets padding."""
+        tried = self.geometry.groups == 1 and joined_share(self._roles()[2]) <= _SEEN
+        return ("native", "taps") if tried else ("native",)
 
     def contract(self, factors: Tensor, held: tuple[Tensor, ...], method: str) -> Tensor:
         """Return the ordinary weight gradient, with the smaller of input and output gradient scaled."""
@@ -154,7 +155,7 @@ class ConvolutionWeight:
             g = scale_rows(g, factors)
         else:
             x = scale_rows(x, factors)
-        return self._by_patches(x, g, 1)[0] if method == "unfold" else self._weight_gradient(x, g)
+        return self._by_taps(x, g) if method == "taps" else self._weight_gradient(x, g)
 
     def _patched(self) -> Tensor:
         return self.grad if self.geometry.transposed else self.value
@@ -228,6 +229,16 @@ class ConvolutionWeight:
         product = (values @ patches.mT).sum(1) if values.shape[1] > 1 else values[:, 0] @ patches[:, 0].mT
         shape = (units, self.shape[1], self.shape[0], *self.shape[2:])
         return product.view(shape).transpose(1, 2).flip(tuple(range(3, len(shape)))).contiguous()
+
+    def _by_taps(self, x: Tensor, g: Tensor) -> Tensor:
+        """Return the weight gradient without what meets padding: half to a third of the time on 2 x 2 x 2 voxels."""
+        source, seen = (g, x) if self.geometry.transposed else (x, g)
+        inputs, outputs = (t.flatten(2).flatten(0, 1).T.contiguous() for t in (source, seen))
+        found = x.new_zeros(math.prod(self.shape[2:]), *self.shape[:2])
+        for tap, reached, met in joined(self._roles()[2], x.device):
+            left = outputs.index_select(0, reached).view(-1, self.shape[0])
+            torch.mm(left.T, inputs.index_select(0, met).view(-1, self.shape[1]), out=found[tap])
+        return found.flatten(1).T.contiguous().view(self.shape)
 
     def _weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         weight = x.new_empty(self.shape)

@@ -12,6 +12,7 @@ with zero outside. The offsets of the axes are independent: the sum is taken one
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Axis:
     padding: int
     dilation: int
 
-    def taps(self) -> list[tuple[slice, slice]]:
-        """Return, for each kernel offset, the outputs that it reaches and the inputs that they see, widest first."""
+    def taps(self) -> list[tuple[int, slice, slice]]:
+        """Return the kernel offsets that reach anything, each with its outputs and the inputs that they see."""
         found = []
         for tap in range(self.kernel):
             shift = self.dilation * tap - self.padding
@@ -41,8 +42,8 @@ class Axis:
             if high >= low:
                 start = self.stride * low + shift
                 stop = self.stride * high + shift + 1
-                found.append((slice(low, high + 1), slice(start, stop, self.stride)))
-        return sorted(found, key=lambda pair: pair[0].start - pair[0].stop)
+                found.append((tap, slice(low, high + 1), slice(start, stop, self.stride)))
+        return found
 
 
 def box_sum(gram: Tensor, axes: Sequence[Axis]) -> Tensor:
@@ -58,10 +59,11 @@ def box_sum(gram: Tensor, axes: Sequence[Axis]) -> Tensor:
     count = len(axes)
     for index, axis in enumerate(axes):
         first, second = 2 + index, 3 + count + index
-        taps = axis.taps()
+        # The one that reaches most is copied, the others are added.
+        taps = sorted(axis.taps(), key=lambda tap: tap[1].start - tap[1].stop)
         if not taps:
             raise ValueError("a kernel that sees nothing but padding has no Gram matrix")
-        outputs, inputs = taps[0]
+        _, outputs, inputs = taps[0]
         seen = _part(gram, first, second, inputs)
         if outputs == slice(0, axis.output):
             if len(taps) == 1:
@@ -73,7 +75,7 @@ def box_sum(gram: Tensor, axes: Sequence[Axis]) -> Tensor:
             sizes[first] = sizes[second] = axis.output
             summed = gram.new_zeros(sizes)
             _part(summed, first, second, outputs).add_(seen)
-        for outputs, inputs in taps[1:]:
+        for _, outputs, inputs in taps[1:]:
             _part(summed, first, second, outputs).add_(_part(gram, first, second, inputs))
         gram = summed
     return gram
@@ -86,6 +88,40 @@ def box_matrix(axes: tuple[Axis, ...], dtype: torch.dtype, device: torch.device)
     sizes = [axis.size for axis in axes]
     identity = torch.eye(inputs * inputs, dtype=dtype, device=device)
     return box_sum(identity.view(-1, 1, *sizes, 1, *sizes), axes).flatten(1)
+
+
+@functools.lru_cache(maxsize=64)
+def joined(axes: tuple[Axis, ...], device: torch.device) -> tuple[tuple[int, Tensor, Tensor], ...]:
+    """Return the kernel offsets that reach anything, each with its outputs and the inputs that they see.
+
+    Args:
+        axes: the spatial axes.
+        device: where the indices are needed.
+
+    Returns:
+        For each offset, counted through the kernel: the offset, and two vectors of one length, of voxels counted
+        through the map.
+    """
+    found = []
+    for taps in itertools.product(*(axis.taps() for axis in axes)):
+        offset, outputs, inputs = (torch.zeros(1, dtype=torch.long) for _ in range(3))
+        for axis, (tap, reached, seen) in zip(axes, taps, strict=True):
+            offset = offset * axis.kernel + tap
+            outputs = _further(outputs, torch.arange(axis.output)[reached], axis.output)
+            inputs = _further(inputs, torch.arange(axis.size)[seen], axis.size)
+        found.append((int(offset), outputs.to(device), inputs.to(device)))
+    return tuple(found)
+
+
+def joined_share(axes: Sequence[Axis]) -> float:
+    """Return how many of all pairs of kernel offset and output see a voxel; the others see padding."""
+    shares = (sum(reached.stop - reached.start for _, reached, _ in axis.taps()) for axis in axes)
+    return math.prod(share / (axis.kernel * axis.output) for share, axis in zip(shares, axes, strict=True))
+
+
+def _further(voxels: Tensor, along: Tensor, size: int) -> Tensor:
+    """Return the voxels' numbers with one axis more."""
+    return (voxels.unsqueeze(1) * size + along).flatten()
 
 
 def _part(gram: Tensor, first: int, second: int, where: slice) -> Tensor:

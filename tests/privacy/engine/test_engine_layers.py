@@ -104,9 +104,40 @@ def test_every_way_to_treat_a_convolution_gives_the_same(case: Any, units: int, 
     for method in {*part.grams(), "box"}:
         assert torch.allclose(part.squares(method), squares, rtol=1e-5, atol=1e-9), method
     factors = torch.rand(units, dtype=torch.float64)
-    for method in ("native", "unfold"):
+    for method in ("native", "taps") if geometry.groups == 1 else ("native",):
         total = part.contract(factors, part.held, method)
         assert torch.allclose(total, torch.einsum("n,n...->...", factors, wanted), rtol=1e-8, atol=1e-8), method
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "ways"),
+    [
+        (nn.Conv3d(3, 5, 3, padding=1), (2, 2, 2), ("native", "taps")),
+        (nn.Conv2d(3, 5, 3, padding=1), (1, 1), ("native", "taps")),  # eight of nine offsets meet padding alone
+        (nn.ConvTranspose3d(3, 5, 3, padding=1), (2, 2, 2), ("native", "taps")),
+        (nn.Conv3d(3, 5, 3, padding=2, dilation=2, stride=2), (3, 2, 3), ("native", "taps")),
+        (nn.Conv2d(3, 5, 3, padding=1), (4, 4), ("native",)),
+        (nn.Conv3d(4, 6, 3, padding=1, groups=2), (2, 2, 2), ("native",)),
+        (nn.Conv3d(3, 5, 1), (2, 2, 2), ("native",)),
+    ],
+)
+def test_sums_on_maps_smaller_than_the_kernel_are_tried_tap_by_tap(
+    layer: Any, size: tuple[int, ...], ways: tuple[str, ...]
+) -> None:
+    from medsynth.privacy.engine.layers import trained_layers
+
+    (treated,) = trained_layers(layer)
+    x = torch.randn(6, layer.in_channels, *size)
+    value, geometry = treated.family.prepare(treated, x)
+    part = ConvolutionWeight(value, torch.randn_like(layer(x)), 3, geometry, layer.weight.shape)
+    factors = torch.tensor([0.5, 0.0, 1.0])
+    wanted = torch.einsum("n,n...->...", factors, part.samples(0, 3, "single"))
+
+    assert part.contractions() == ways
+    for way in ways:
+        found = part.contract(factors, part.held, way)
+        assert found.is_contiguous() and found.shape == layer.weight.shape
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5), way
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
