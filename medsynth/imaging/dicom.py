@@ -1,4 +1,4 @@
-"""DICOM in: series are found by their headers and built into volumes by highdicom, behind a MONAI ``ImageReader``.
+"""DICOM in: series are built into volumes by highdicom, behind a MONAI ``ImageReader``; pictures stay single.
 
 MONAI's own reader sorts by Instance Number, which scrambles volumes silently; highdicom orders slices by Image
 Position (Patient) (0020,0032) along the normal of Image Orientation (Patient) (0020,0037), PS3.3 C.7.6.2.
@@ -7,7 +7,6 @@ Position (Patient) (0020,0032) along the normal of Image Orientation (Patient) (
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,211 +16,33 @@ import highdicom as hd
 import numpy as np
 import pydicom
 from monai.data.image_reader import ImageReader
-from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_partial
-from pydicom.tag import BaseTag
-from pydicom.uid import UID, MediaStorageDirectoryStorage
 from scipy import ndimage
 
 from medsynth.config import Grid
+from medsynth.imaging.dicom_series import is_picture
 from medsynth.imaging.refusal import CaseRefused
-from medsynth.imaging.tree import files_below
 
-SEGMENTATION_CLASSES = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
-"""Segmentation Storage and Label Map Segmentation Storage, PS3.4 B.5."""
+PIXEL_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+"""Where a picture may say the size of its pixels, mm, rows first: at the patient, at the detector (PS3.3 10.7.1.3)."""
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "FrameOfReferenceUID")
 ORIENTATION_TOLERANCE = 1e-4
 """Direction cosines are often written to 6 digits and rounded slice by slice."""
-SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
-_EXTENT = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")
-_HEADER_TAGS = [
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "PatientID",
-    "FrameOfReferenceUID",
-    "ReferencedSeriesSequence",
-    "SyntheticData",
-    *_EXTENT,
-]
-_PATIENT_ID = 0x00100020
-_SERIES_INSTANCE_UID = 0x0020000E
 
 
 @dataclass(frozen=True)
 class Volume:
-    """An image in world coordinates.
+    """An image in world coordinates, or a picture.
 
     Attributes:
-        array: voxels (X, Y, Z) or (X, Y, Z, 3) float32; X runs along columns, Y along rows, Z along slices.
-        affine: 4 x 4, voxel index to RAS+ mm.
+        array: voxels (X, Y, Z) or (X, Y, Z, 3) float32; X runs along columns, Y along rows, Z along slices. A picture
+            has no Z.
+        affine: 4 x 4, voxel index to RAS+ mm; of a picture, the sizes of its pixels alone.
         frame_of_reference: Frame of Reference UID (0020,0052).
     """
 
     array: np.ndarray
     affine: np.ndarray
     frame_of_reference: str
-
-
-@dataclass(frozen=True)
-class Series:
-    """The files of one Series Instance UID (0020,000E), sorted by path.
-
-    Attributes:
-        files: the instances.
-        patient: Patient ID (0010,0020), "" where absent.
-        frame_of_reference: Frame of Reference UID, "" where absent.
-        voxels: what the pixels unfold to by their headers, voxels times channels.
-        referenced_series: Series Instance UIDs that a segmentation refers to.
-        synthetic: it says of itself that no patient was imaged (0008,001C).
-        suspect: a broken file names this series, or this patient and no series: the series may be incomplete.
-    """
-
-    uid: str
-    files: tuple[Path, ...]
-    patient: str
-    is_segmentation: bool
-    frame_of_reference: str
-    voxels: int
-    referenced_series: tuple[str, ...] = ()
-    synthetic: bool = False
-    suspect: bool = False
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What lies below a folder: series with pixels, DICOM files whose header is broken, and closed folders."""
-
-    images: tuple[Series, ...]
-    segmentations: tuple[Series, ...]
-    unreadable: tuple[Path, ...]
-    closed: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Owner:
-    """Whose a broken file is, as far as its header still says: "" where it does not."""
-
-    patient: str = ""
-    uid: str = ""
-
-    def owns(self, uid: str, patient: str) -> bool:
-        """Whether the file may be a part of a series.
-
-        The folder must not count: in a flat export one patient's broken file would decide about all others, which the
-        sensitivity of the mechanisms does not cover.
-        """
-        return bool(self.uid or self.patient) and self.uid in ("", uid) and self.patient in ("", patient)
-
-
-def find_series(folder: Path) -> Findings:
-    """Read the headers of all files below ``folder`` and group them by Series Instance UID.
-
-    Files that are no DICOM (and do not claim to be by their name), directories and objects without pixels are passed
-    over.
-    """
-    groups: dict[str, list[tuple[Path, pydicom.Dataset]]] = defaultdict(list)
-    unreadable: list[Path] = []
-    closed: list[Path] = []
-    for path in sorted(p for p in files_below(folder, closed) if not p.name.startswith(".")):
-        header = _read_header(path)
-        if header is None:
-            unreadable.append(path)
-        elif header.get("SeriesInstanceUID") and "Rows" in header:
-            groups[str(header.SeriesInstanceUID)].append((path, header))
-    broken = {_owner(path) for path in unreadable}
-    series = [_series(uid, members, broken) for uid, members in sorted(groups.items())]
-    return Findings(
-        images=tuple(s for s in series if not s.is_segmentation),
-        segmentations=tuple(s for s in series if s.is_segmentation),
-        unreadable=tuple(unreadable),
-        closed=tuple(sorted(closed)),
-    )
-
-
-def _read_header(path: Path) -> pydicom.Dataset | None:
-    """Return the header, an empty one for a file that is no DICOM image, or None for one that is broken."""
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
-    except InvalidDicomError:
-        return None if path.suffix.lower() in SUFFIXES else pydicom.Dataset()
-    except Exception:  # a damaged header makes pydicom raise nearly anything
-        return None
-    if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-        return pydicom.Dataset()
-    cut_short = "Rows" not in header and _promises_pixels(str(header.get("SOPClassUID", "")))
-    return header if header.get("SeriesInstanceUID") and not cut_short else None
-
-
-def _promises_pixels(sop_class: str) -> bool:
-    return sop_class in SEGMENTATION_CLASSES or UID(sop_class).name.endswith("Image Storage")
-
-
-def _owner(path: Path) -> _Owner:
-    """Read patient and series from what is left of a header; elements come in the order of their tags (PS3.5 7.1)."""
-    last = 0
-
-    def past_series(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal last
-        last = max(last, int(tag))
-        return last > _SERIES_INSTANCE_UID
-
-    try:
-        with path.open("rb") as handle:
-            header = read_partial(handle, stop_when=past_series, force=True)
-        # The last element may be cut short, and a part of an identifier can be somebody else's.
-        patient = patient_of(header) if last > _PATIENT_ID else ""
-        return _Owner(patient, str(header.get("SeriesInstanceUID") or "") if last > _SERIES_INSTANCE_UID else "")
-    except Exception:  # a damaged header makes pydicom raise nearly anything
-        return _Owner()
-
-
-def _series(uid: str, members: Sequence[tuple[Path, pydicom.Dataset]], broken: Iterable[_Owner]) -> Series:
-    header = members[0][1]
-    patients = {patient_of(h) for _, h in members}
-    patient = patients.pop() if len(patients) == 1 else ""
-    references = header.get("ReferencedSeriesSequence") or []
-    return Series(
-        uid=uid,
-        files=tuple(path for path, _ in members),
-        patient=patient,
-        is_segmentation=header.get("SOPClassUID") in SEGMENTATION_CLASSES,
-        frame_of_reference=str(header.get("FrameOfReferenceUID", "") or ""),
-        voxels=sum(_voxels(h) for _, h in members),
-        referenced_series=tuple(str(item.get("SeriesInstanceUID", "")) for item in references),
-        synthetic=any(str(h.get("SyntheticData") or "").upper() == "YES" for _, h in members),
-        suspect=any(owner.owns(uid, patient) for owner in broken),
-    )
-
-
-def _voxels(header: pydicom.Dataset) -> int:
-    try:
-        return math.prod(int(header.get(keyword) or 1) for keyword in _EXTENT)
-    except Exception:  # as above; what is no number now will be none for the reader, which refuses it
-        return 0
-
-
-def patient_of(header: pydicom.Dataset) -> str:
-    """Return the person: Patient ID (0010,0020); "" where absent.
-
-    Whatever its issuer: often only some files of a person name one. Two people with one identifier count as one, which
-    protects both.
-    """
-    return str(header.get("PatientID") or "").strip()
-
-
-def image_of(segmentation: Series, images: Iterable[Series]) -> Series | None:
-    """Return the image series that a segmentation belongs to, or None where it is missing or ambiguous.
-
-    Referenced Series Sequence (0008,1115) decides; without a match, the only series of the same patient in the same
-    frame of reference.
-    """
-    images = tuple(images)
-    for series in images:
-        if series.uid in segmentation.referenced_series:
-            return series
-    frame = segmentation.frame_of_reference
-    near = [s for s in images if frame and s.frame_of_reference == frame and s.patient == segmentation.patient]
-    return near[0] if len(near) == 1 else None
 
 
 def _read_datasets(files: Sequence[Path]) -> list[pydicom.Dataset]:
@@ -232,6 +53,8 @@ def _read_datasets(files: Sequence[Path]) -> list[pydicom.Dataset]:
 
 
 def _volume(datasets: Sequence[pydicom.Dataset]) -> Volume:
+    if len(datasets) == 1 and is_picture(datasets[0]):
+        return _picture(datasets[0])
     multiframe = any(int(ds.get("NumberOfFrames") or 1) > 1 for ds in datasets)
     if multiframe and len(datasets) > 1:
         raise CaseRefused("multiple_frames")
@@ -247,6 +70,28 @@ def _volume(datasets: Sequence[pydicom.Dataset]) -> Volume:
     except Exception as error:  # highdicom's refusals share no class
         raise CaseRefused("multiple_frames" if multiframe else "irregular_geometry") from error
     return _as_ras(volume)
+
+
+def _picture(dataset: pydicom.Dataset) -> Volume:
+    """Return a picture as a viewer shows it (MONOCHROME1 inverted, palettes applied), but without its window."""
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise CaseRefused("multiple_frames")
+    _check_pixels([dataset])
+    try:
+        frame = hd.Image.from_dataset(dataset).get_frame(1, dtype=np.float32, apply_icc_profile=False)
+    except Exception as error:  # highdicom's refusals share no class
+        raise CaseRefused("unreadable_file") from error
+    return Volume(np.swapaxes(frame, 0, 1), np.diag([*_pixel_size(dataset), 1.0, 1.0]), "")
+
+
+def _pixel_size(dataset: pydicom.Dataset) -> tuple[float, float]:
+    """Return the width and height of a pixel, mm; NaN where the header does not say."""
+    for keyword in PIXEL_SPACINGS:
+        if spacing := dataset.get(keyword):
+            row, column = (float(value) for value in spacing)
+            if min(row, column) > 0:
+                return column, row
+    return math.nan, math.nan
 
 
 def _check_geometry(datasets: Sequence[pydicom.Dataset]) -> None:
@@ -313,14 +158,18 @@ class HighdicomReader(ImageReader):
         return _read_datasets([Path(p) for p in data] if isinstance(data, (list, tuple)) else [Path(data)])
 
     def get_data(self, img: list[pydicom.Dataset]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the voxels (X, Y, Z[, 3]) and MONAI metadata with the RAS+ affine; no header value is passed on."""
+        """Return the voxels (X, Y, Z[, 3]) and MONAI metadata with the RAS+ affine; no header value is passed on.
+
+        A picture has pixels (X, Y[, 3]), and NaN in its affine where the size of its pixels is not known.
+        """
         volume = _volume(img)
+        axes = 2 if len(img) == 1 and is_picture(img[0]) else 3
         meta = {
             "affine": volume.affine,
             "original_affine": volume.affine.copy(),
             "space": "RAS",
-            "spatial_shape": np.asarray(volume.array.shape[:3]),
-            "original_channel_dim": -1 if volume.array.ndim == 4 else float("nan"),
+            "spatial_shape": np.asarray(volume.array.shape[:axes]),
+            "original_channel_dim": -1 if volume.array.ndim > axes else float("nan"),
         }
         return volume.array, meta
 
@@ -360,14 +209,78 @@ def read_segmentation(
         CaseRefused: unreadable, too large, unknown label, overlap of different labels, or foreground outside of the
             image.
     """
+    return _painted(
+        (
+            (value, _onto(segment, shape, affine))
+            for dataset in _read_datasets(files)
+            for value, segment in _segments(dataset, grid, max_voxels)
+        ),
+        shape,
+    )
+
+
+def read_picture_segmentation(
+    files: Sequence[Path], shape: Sequence[int], picture: str, grid: Grid, max_voxels: int
+) -> np.ndarray:
+    """Return what segmentation objects say of one picture, by the image that each frame names as its source.
+
+    Args:
+        files: SEG objects that refer to the picture.
+        shape: (X, Y) of the picture.
+        picture: its SOP Instance UID.
+        grid: names the labels.
+        max_voxels: most pixels of all segments together.
+
+    Returns:
+        Labels (X, Y) uint8.
+
+    Raises:
+        CaseRefused: unreadable, too large, unknown label, overlap of different labels, another size, or frames that
+            name no image.
+    """
+    return _painted(
+        (found for dataset in _read_datasets(files) for found in _frames_of(dataset, shape, picture, grid, max_voxels)),
+        shape,
+    )
+
+
+def _painted(segments: Iterable[tuple[int, np.ndarray]], shape: Sequence[int]) -> np.ndarray:
     labels = np.zeros(tuple(shape), dtype=np.uint8)
-    for dataset in _read_datasets(files):
-        for value, segment in _segments(dataset, grid, max_voxels):
-            mask = _onto(segment, labels.shape, affine)
-            if np.any(mask & (labels > 0) & (labels != value)):
-                raise CaseRefused("overlapping_labels")
-            labels[mask] = value
+    for value, mask in segments:
+        if np.any(mask & (labels > 0) & (labels != value)):
+            raise CaseRefused("overlapping_labels")
+        labels[mask] = value
     return labels
+
+
+def _frames_of(
+    dataset: pydicom.Dataset, shape: Sequence[int], picture: str, grid: Grid, max_voxels: int
+) -> list[tuple[int, np.ndarray]]:
+    try:
+        for group in (*dataset.get("SharedFunctionalGroupsSequence", []), *dataset.PerFrameFunctionalGroupsSequence):
+            # highdicom writes those of a picture without a slice's thickness, and then cannot read them.
+            group.pop("PixelMeasuresSequence", None)
+        source = hd.seg.Segmentation.from_dataset(dataset)
+        numbers = [int(n) for n in source.segment_numbers]
+        if (source.Columns, source.Rows) != tuple(shape):
+            raise CaseRefused("shape_mismatch")
+        if math.prod(shape) * len(numbers) > max_voxels:
+            raise CaseRefused("too_large")
+        frames = source.get_pixels_by_source_instance(
+            [picture], numbers, ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
+            rescale_fractional=False, skip_overlap_checks=True,
+        )[0]  # fmt: skip
+    except CaseRefused:
+        raise
+    except Exception as error:  # highdicom's refusals share no class
+        raise CaseRefused("unplaced_mask") from error
+    found = []
+    for channel, number in enumerate(numbers):
+        name = str(source.get_segment_description(number).get("SegmentLabel", ""))
+        mask = frames[..., channel].T > 0
+        if mask.any() and (value := label_value(name, number, grid)):
+            found.append((value, mask))
+    return found
 
 
 def _segments(dataset: pydicom.Dataset, grid: Grid, max_voxels: int) -> list[tuple[int, Volume]]:

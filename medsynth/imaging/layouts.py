@@ -45,6 +45,7 @@ class Case:
         split: where the input's folders say so.
         label_names: value to name as the data set declares it.
         refused: reason found during discovery (see :mod:`medsynth.imaging.refusal`).
+        picture: SOP Instance UID of a DICOM image without a place in the patient; "" for all others.
     """
 
     source: Literal["dicom", "nifti", "raster"]
@@ -54,6 +55,7 @@ class Case:
     split: Split | None = None
     label_names: Mapping[int, str] = field(default_factory=dict)
     refused: str | None = None
+    picture: str = ""
 
 
 def discover(root: Path, settings: Ingest) -> list[Case]:
@@ -139,28 +141,29 @@ def _person(name: str, settings: Ingest) -> str:
 
 
 def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
-    from medsynth.imaging.dicom import find_series, image_of
+    from medsynth.imaging.dicom_series import Series, find_series, images_of
 
     findings = find_series(root)
-    labels: dict[str, list[Path]] = {series.uid: [] for series in findings.images}
-    refused: dict[str, str] = {}
+    labels: dict[Series, list[Path]] = {series: [] for series in findings.images}
+    refused: dict[Series, str] = {}
     for segmentation in findings.segmentations:
-        image = image_of(segmentation, findings.images)
-        if image is None:
+        images = images_of(segmentation, findings.images)
+        if not images:
             yield Case("dicom", segmentation.patient, segmentation.files, refused="no_image")
-            continue
-        labels[image.uid] += segmentation.files
-        if image.patient and segmentation.patient != image.patient:
-            refused[image.uid] = "patient_mismatch"
-        elif segmentation.suspect:
-            refused.setdefault(image.uid, "truncated_dicom")
+        for image in images:
+            labels[image] += segmentation.files
+            if image.patient and segmentation.patient != image.patient:
+                refused[image] = "patient_mismatch"
+            elif segmentation.suspect:
+                refused.setdefault(image, "truncated_dicom")
     for series in findings.images:
         if series.voxels > settings.max_voxels:
-            refused.setdefault(series.uid, "too_large")
+            refused.setdefault(series, "too_large")
         if series.synthetic:
-            refused.setdefault(series.uid, "synthetic")
-        reason = "truncated_dicom" if series.suspect else refused.get(series.uid)
-        yield Case("dicom", series.patient, series.files, tuple(labels[series.uid]), refused=reason)
+            refused.setdefault(series, "synthetic")
+        reason = "truncated_dicom" if series.suspect else refused.get(series)
+        masks = tuple(labels[series])
+        yield Case("dicom", series.patient, series.files, masks, refused=reason, picture=series.picture)
     for path in findings.unreadable:
         yield Case("dicom", "", (path,), refused="truncated_dicom")
     for folder in findings.closed:

@@ -19,13 +19,15 @@ from monai.transforms.io.array import LoadImage
 from PIL import Image, ImageOps
 
 from medsynth.config import Grid, Ingest
-from medsynth.imaging.dicom import HighdicomReader, label_value, read_segmentation
+from medsynth.imaging.dicom import HighdicomReader, label_value, read_picture_segmentation, read_segmentation
 from medsynth.imaging.layouts import Case
 from medsynth.imaging.refusal import CaseRefused
 
 AFFINE_TOLERANCE_MM = 0.1
 """Image and mask were often written by different programs, which round their affines differently."""
 _LOSSY = (".jpg", ".jpeg")
+_LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in a grey value, ITU-R BT.601, as Pillow's."""
 _DEEP = ("I;16", "I;16L", "I;16B", "I", "F")
 """Pillow's names of grey images with more than 8 bits."""
 
@@ -37,7 +39,7 @@ class Loaded:
     Attributes:
         image: (channel, *native) float32.
         label: (*native) uint8; all zero where the case has no mask.
-        affine: 4 x 4, voxel to RAS+ mm; None for a photograph.
+        affine: 4 x 4, voxel to RAS+ mm; None for a photograph, or a picture whose pixels have no known size.
         labelled: whether a mask was given.
         stored: the image's values whatever the grid's channels: by them a site knows it again in another study.
     """
@@ -90,6 +92,8 @@ def _image(case: Case, grid: Grid, max_voxels: int) -> tuple[torch.Tensor, np.nd
     """Return image, affine and the values as they are stored."""
     if case.source == "raster":
         return _photograph(case.images[0], grid.channels, max_voxels)
+    if case.picture:
+        return _picture(case, grid)
     if case.source == "dicom":
         array, affine = _read([str(p) for p in case.images], HighdicomReader())
     else:
@@ -98,6 +102,20 @@ def _image(case: Case, grid: Grid, max_voxels: int) -> tuple[torch.Tensor, np.nd
         raise CaseRefused("multiple_frames")
     image = _channel_first(array) if array.ndim == 4 else array[None]
     return image, affine, image
+
+
+def _picture(case: Case, grid: Grid) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
+    """Return a DICOM picture with the grid's channels, as :func:`_photograph` does, and the size of its pixels."""
+    if grid.spatial_dims != 2 or grid.slice_axis is not None:
+        raise CaseRefused("no_geometry")
+    array, affine = _read([str(p) for p in case.images], HighdicomReader())
+    stored = array[None] if array.ndim == 2 else _channel_first(array)
+    image = stored
+    if len(stored) < grid.channels:
+        image = stored.expand(grid.channels, -1, -1).contiguous()
+    elif len(stored) > grid.channels:
+        image = torch.tensordot(_LUMINANCE, stored, 1)[None]
+    return image, affine if np.isfinite(affine).all() else None, stored
 
 
 def _photograph(path: Path, channels: int, max_voxels: int) -> tuple[torch.Tensor, None, torch.Tensor]:
@@ -179,6 +197,9 @@ def _label(case: Case, image: torch.Tensor, affine: np.ndarray | None, grid: Gri
     shape = tuple(image.shape[1:])
     if not case.labels:
         return torch.zeros(shape, dtype=torch.uint8)
+    if case.picture:
+        found = read_picture_segmentation(case.labels, shape, case.picture, grid, settings.max_voxels)
+        return torch.from_numpy(found)
     if case.source == "dicom":
         assert affine is not None  # a series without geometry was refused by its reader
         return torch.from_numpy(read_segmentation(case.labels, shape, affine, grid, settings.max_voxels))

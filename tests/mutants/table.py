@@ -1031,7 +1031,7 @@ def files_of_any_size_are_unfolded(original: Any) -> Any:
 
 
 @takes_out(
-    "imaging.dicom._voxels",
+    "imaging.dicom_series._voxels",
     (),
     "stages/test_ingest.py::test_what_is_too_large_is_refused_by_its_header_alone",
     "stages/test_ingest.py::test_a_volume_at_the_limit_comes_in_and_one_above_is_quarantined",

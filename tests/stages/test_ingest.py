@@ -23,8 +23,9 @@ from medsynth.errors import InputError, StoreError
 from medsynth.imaging import dicom, loading, transforms
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
 from medsynth.imaging.deidentify import explain, read_references
-from medsynth.imaging.dicom import HighdicomReader, find_series, read_segmentation
+from medsynth.imaging.dicom import HighdicomReader, read_segmentation
 from medsynth.imaging.dicom_segmentation import write_segmentation
+from medsynth.imaging.dicom_series import find_series
 from medsynth.imaging.dicom_writer import SeriesMeta, write_series
 from medsynth.imaging.layouts import discover
 from medsynth.imaging.loading import load_case
