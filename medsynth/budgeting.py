@@ -169,7 +169,12 @@ def _mechanisms(found: BudgetPlan, trials: int) -> Table:
     for stage, events in found.events.items():
         for event in events:
             cost = epsilon([event] * trials, found.delta)
-            numbers = (f"{event.noise_multiplier:.4g}", f"{event.count}", f"{event.sampling_rate:g}", f"{cost:.3f}")
+            numbers = (
+                f"{event.noise_multiplier:.4g}",
+                f"{event.count}",
+                f"{event.sampling_rate:g}",
+                f"{round_up(cost):.3f}",
+            )
             table.add_row(stage, *numbers)
     table.add_row("together", "", "", "", f"{round_up(found.epsilon):.3f}")
     return table
@@ -264,8 +269,10 @@ def _print_account(console: Console, account: Account, own: str) -> None:
 def _print_limits(console: Console, lines: Sequence[Record], reserved: Sequence[Record]) -> None:
     limits = limits_of(lines)
     for most, delta in limits:
-        left = max(0.0, most - epsilon(counted_events(reserved), delta))
-        console.print(f"  limit: epsilon {most:g} at delta {delta:g}; left about {left:.3f}")
+        left = max(0.0, most - round_up(epsilon(counted_events(reserved), delta)))
+        console.print(
+            f"  limit: epsilon {most:g} at delta {delta:g}; left about {math.floor(left * 1000 + 1e-6) / 1000:.3f}"
+        )
     if not limits:
         console.print("  limit: none, everything is counted and stated (set one with: medsynth budget limit)")
 

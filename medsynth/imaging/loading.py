@@ -123,11 +123,11 @@ def _photograph(path: Path, channels: int, max_voxels: int) -> tuple[torch.Tenso
 
     Grey values of more than 8 bits are kept: Pillow would cut them off at 255.
     """
-    stored = _raster(path, lambda image: image if image.mode in _DEEP else image.convert("RGB"), max_voxels)
+    stored = _raster(path, lambda image: image if image.mode in _DEEP else _opaque(image).convert("RGB"), max_voxels)
     if stored.ndim == 2:
         return stored.expand(channels, -1, -1).contiguous(), None, stored
     colour = _channel_first(stored)
-    image = colour if channels == 3 else _raster(path, lambda image: image.convert("L"), max_voxels)[None]
+    image = colour if channels == 3 else _raster(path, lambda image: _opaque(image).convert("L"), max_voxels)[None]
     return image, None, colour
 
 
@@ -228,7 +228,14 @@ def _grey(image: Any) -> Any:
         palette = image.getpalette("RGB") or []
         used = {tuple(palette[3 * index : 3 * index + 3]) for _, index in image.getcolors()}
         return image.convert("L") if all(len(set(colour)) == 1 for colour in used) else image
-    return image if image.mode in ("L", *_DEEP) else image.convert("L")
+    return image if image.mode in ("L", *_DEEP) else _opaque(image).convert("L")
+
+
+def _opaque(image: Any) -> Any:
+    """Put what is transparent on black: the colours that a file keeps under it are seen by nobody."""
+    if not image.has_transparency_data:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
 
 
 def _farthest_mm(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:

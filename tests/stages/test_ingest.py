@@ -822,6 +822,29 @@ def label_maps(folder: Path, **grid: Any) -> list[np.ndarray]:
     return [p.labels[0].numpy() for s in ("train", "test") for p in load_patients(folder, settings.grid, s)]
 
 
+@pytest.mark.filterwarnings("ignore:NvImgCodec")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_a_picture_hides_under_transparent_pixels_is_not_read(tmp_path: Path, channels: int) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    seen = np.random.default_rng(0).integers(1, 255, (16, 16, 4)).astype(np.uint8)
+    seen[..., 3] = 255
+    seen[:4] = (200, 10, 90, 0)  # a name, say, that was painted over by making it transparent
+    Image.fromarray(seen).save(tmp_path / "images" / "a.png")
+    mask = np.zeros((16, 16, 4), np.uint8)
+    mask[4:12, 4:12] = 255
+    mask[:4] = (255, 255, 255, 0)
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    settings = study(spatial_dims=2, shape=[16, 16], spacing_mm=None, channels=channels, labels=POLYP)
+
+    (case,) = discover(tmp_path, settings.ingest)
+    found = load_case(case, settings.grid, settings.ingest)
+
+    assert not found.image[:, :, :4].any() and not found.stored[:, :, :4].any()
+    assert found.image[:, :, 4:].any()
+    assert int(found.label.sum()) == 64 and not found.label[:, :4].any()
+
+
 @pytest.mark.parametrize(
     ("colours", "foreground"),
     [

@@ -26,6 +26,8 @@ from medsynth.imaging.transforms import to_grid
 from medsynth.stages import ingest
 from medsynth.tracking import Tracker
 
+# As ingest does: every reader that MONAI registers and we never use would warn.
+pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodec")
 DIGITAL_X_RAY = "1.2.840.10008.5.1.4.1.1.1.1"
 ENDOSCOPIC = "1.2.840.10008.5.1.4.1.1.77.1.1"
 CT = "1.2.840.10008.5.1.4.1.1.2"
