@@ -45,7 +45,8 @@ def explain(reasons: Sequence[str]) -> str:
     lines = "\n".join(f"  - {reason}" for reason in reasons)
     return (
         f"this release cannot be certified, for {len(reasons)} reason(s):\n{lines}\n"
-        "its export is refused unless the config says export.uncertified: true (then it is marked UNCERTIFIED)"
+        "when the study was changed, `medsynth run` with --replace makes the stages again that the change concerns; "
+        "as it is, its export is refused unless the config says export.uncertified: true (it is marked UNCERTIFIED)"
     )
 
 

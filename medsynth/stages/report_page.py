@@ -141,8 +141,10 @@ def _read_dice(report: Mapping[str, Any]) -> list[str]:
     elif block:
         lines.append(
             f"One constant mean shape reaches {number(floor)} and real training data does not beat it: "
-            "the segmentation models are too weak to judge the synthetic pairs (more segment.steps)."
+            "the segmentation models are too weak to judge the synthetic pairs, alone or added to real ones (more "
+            "segment.steps)."
         )
+        return lines
     return lines + _read_mixed(dice)
 
 

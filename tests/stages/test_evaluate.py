@@ -114,7 +114,11 @@ def test_a_cohort_without_test_patients_is_refused_and_leaves_nothing(tmp_path: 
 def _report(synthetic: dict[str, float | None], real: dict[str, float | None], agreement: float) -> dict[str, Any]:
     block: dict[str, Any] = {"ci95": [0.6, 0.7], "n_patients": 3}
     return {
-        "dice": {"synthetic_only": {**block, **synthetic}, "real_only": {**block, **real}},
+        "dice": {
+            "synthetic_only": {**block, **synthetic},
+            "real_only": {**block, **real},
+            "mixed": {**block, "mean": 0.65},
+        },
         "floor": {"mean": 0.68},
         "relative_to_real": {"synthetic_only": 0.8},
         "agreement": {"mean": agreement},
@@ -139,8 +143,10 @@ def test_a_model_too_weak_to_judge_pairs_says_nothing_of_their_images_either() -
     weak = _report({"mean": 0.5, "skill": None}, {"mean": 0.6, "skill": None}, agreement=0.59)
     text = " ".join(report_page.reading(weak))
     assert "too weak to judge" in text and "says nothing of the images" in text and "obey" not in text
+    assert "Adding synthetic pairs" not in text
     sound = _report({"mean": 0.75, "skill": 0.4}, {"mean": 0.86, "skill": 1.0}, agreement=0.84)
-    assert "images obey their label maps" in " ".join(report_page.reading(sound))
+    text = " ".join(report_page.reading(sound))
+    assert "images obey their label maps" in text and "Adding synthetic pairs" in text
 
 
 def test_what_an_audit_shows_is_said_once_for_all_that_it_looked_at() -> None:
