@@ -78,19 +78,45 @@ def _picture(dataset: pydicom.Dataset) -> Volume:
         raise CaseRefused("multiple_frames")
     _check_pixels([dataset])
     try:
-        frame = hd.Image.from_dataset(dataset).get_frame(1, dtype=np.float32, apply_icc_profile=False)
+        frame = hd.Image.from_dataset(dataset).get_frame(
+            1,
+            dtype=np.float32,
+            apply_real_world_transform=False,
+            apply_presentation_lut=False,
+            apply_icc_profile=False,
+        )
     except Exception as error:  # highdicom's refusals share no class
         raise CaseRefused("unreadable_file") from error
+    # By this alone: viewers do, and other elements that speak of an inversion contradict it now and then.
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        frame = frame.max() + frame.min() - frame
+    shown = _shown(dataset)
+    if not shown.all() and shown.any():
+        frame = np.where(shown, frame, frame[shown].min())
     return Volume(np.swapaxes(frame, 0, 1), np.diag([*_pixel_size(dataset), 1.0, 1.0]), "")
+
+
+def _shown(dataset: pydicom.Dataset) -> np.ndarray:
+    """Return which pixels are no padding (PS3.3 C.7.5.1.1.2)."""
+    stored = dataset.pixel_array
+    padding = dataset.get("PixelPaddingValue")
+    if padding is None or stored.ndim != 2:
+        return np.ones(stored.shape[:2], dtype=bool)
+    low, high = sorted((int(padding), int(dataset.get("PixelPaddingRangeLimit", padding))))
+    return cast(np.ndarray, (stored < low) | (stored > high))
+
+
+def is_deep(path: Path) -> bool:
+    """Whether an instance that was read stores more than 8 bits a value."""
+    return int(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["BitsAllocated"]).BitsAllocated) > 8
 
 
 def _pixel_size(dataset: pydicom.Dataset) -> tuple[float, float]:
     """Return the width and height of a pixel, mm; NaN where the header does not say."""
     for keyword in PIXEL_SPACINGS:
-        if spacing := dataset.get(keyword):
-            row, column = (float(value) for value in spacing)
-            if min(row, column) > 0:
-                return column, row
+        spacing = np.atleast_1d(np.asarray(dataset.get(keyword) or [], dtype=np.float64))
+        if spacing.shape == (2,) and (spacing > 0).all():
+            return float(spacing[1]), float(spacing[0])
     return math.nan, math.nan
 
 
@@ -257,19 +283,21 @@ def _frames_of(
     dataset: pydicom.Dataset, shape: Sequence[int], picture: str, grid: Grid, max_voxels: int
 ) -> list[tuple[int, np.ndarray]]:
     try:
-        for group in (*dataset.get("SharedFunctionalGroupsSequence", []), *dataset.PerFrameFunctionalGroupsSequence):
-            # highdicom writes those of a picture without a slice's thickness, and then cannot read them.
-            group.pop("PixelMeasuresSequence", None)
+        if (dataset.Columns, dataset.Rows) != tuple(shape):
+            raise CaseRefused("shape_mismatch")
+        _prepare_frames(dataset, picture)
         source = hd.seg.Segmentation.from_dataset(dataset)
         numbers = [int(n) for n in source.segment_numbers]
-        if (source.Columns, source.Rows) != tuple(shape):
-            raise CaseRefused("shape_mismatch")
         if math.prod(shape) * len(numbers) > max_voxels:
             raise CaseRefused("too_large")
         frames = source.get_pixels_by_source_instance(
-            [picture], numbers, ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
-            rescale_fractional=False, skip_overlap_checks=True,
-        )[0]  # fmt: skip
+            [picture],
+            numbers,
+            ignore_spatial_locations=True,
+            assert_missing_frames_are_empty=True,
+            rescale_fractional=False,
+            skip_overlap_checks=True,
+        )[0]
     except CaseRefused:
         raise
     except Exception as error:  # highdicom's refusals share no class
@@ -281,6 +309,32 @@ def _frames_of(
         if mask.any() and (value := label_value(name, number, grid)):
             found.append((value, mask))
     return found
+
+
+def _prepare_frames(dataset: pydicom.Dataset, picture: str) -> None:
+    """Let highdicom read what other programs write, and refuse frames that do not lie on the picture.
+
+    Raises:
+        CaseRefused: no frame names the picture as its source, or one says that its pixels lie elsewhere.
+    """
+    shared = list(dataset.get("SharedFunctionalGroupsSequence") or [])
+    for group in (*shared, *dataset.PerFrameFunctionalGroupsSequence):
+        # highdicom writes those of a picture without a slice's thickness, and then cannot read them.
+        group.pop("PixelMeasuresSequence", None)
+    told = [group.DerivationImageSequence for group in shared if "DerivationImageSequence" in group]
+    placed = set()
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        if told and "DerivationImageSequence" not in frame:
+            frame.DerivationImageSequence = told[0]
+        derivations = frame.get("DerivationImageSequence") or []
+        sources = [item for derived in derivations for item in derived.get("SourceImageSequence") or []]
+        placed |= {
+            str(item.get("SpatialLocationsPreserved") or "YES")
+            for item in sources
+            if item.get("ReferencedSOPInstanceUID") == picture
+        }
+    if placed != {"YES"}:
+        raise CaseRefused("unplaced_mask")
 
 
 def _segments(dataset: pydicom.Dataset, grid: Grid, max_voxels: int) -> list[tuple[int, Volume]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pydicom
@@ -18,8 +19,9 @@ from medsynth.imaging.tree import files_below
 
 SEGMENTATION_CLASSES = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
 """Segmentation Storage and Label Map Segmentation Storage, PS3.4 B.5."""
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
 PICTURE_CLASSES = frozenset(
-    f"1.2.840.10008.5.1.4.1.1.{number}"
+    f"{_STORAGE}{number}"
     for number in (
         "1",  # Computed Radiography
         "1.1",  # Digital X-Ray, for presentation and for processing; so the next four
@@ -28,8 +30,10 @@ PICTURE_CLASSES = frozenset(
         "1.2.1",
         "1.3",  # Digital Intra-Oral X-Ray
         "1.3.1",
-        "6.1",  # Ultrasound
-        "7",  # Secondary Capture
+        "3",  # Ultrasound Multi-frame (stills come in it, too), retired and not
+        "3.1",
+        "6",  # Ultrasound, retired and not
+        "6.1",
         "12.1",  # X-Ray Angiography
         "12.2",  # X-Ray Radiofluoroscopy
         "77.1.1",  # VL Endoscopic
@@ -40,7 +44,9 @@ PICTURE_CLASSES = frozenset(
         "77.1.7",  # Dermoscopic Photography
     )
 )
-"""Images that need no position in the patient (PS3.4 B.5): without one, each instance is a picture of its own."""
+"""Images that lie nowhere in the patient (PS3.4 B.5): each instance is a picture of its own, as viewers show it."""
+CAPTURE_CLASSES = frozenset(f"{_STORAGE}{number}" for number in ("7", "7.1", "7.2", "7.3", "7.4"))
+"""Secondary Capture, which is a picture unless it has a position."""
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 _EXTENT = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")
 _HEADER_TAGS = [
@@ -50,6 +56,7 @@ _HEADER_TAGS = [
     "PatientID",
     "FrameOfReferenceUID",
     "ImagePositionPatient",
+    "PhotometricInterpretation",
     "ReferencedSeriesSequence",
     "SyntheticData",
     *_EXTENT,
@@ -60,7 +67,7 @@ _SERIES_INSTANCE_UID = 0x0020000E
 
 @dataclass(frozen=True)
 class Series:
-    """The files of one Series Instance UID (0020,000E), sorted by path; or one of them, if each is a picture.
+    """The files of one Series Instance UID (0020,000E), sorted by path; of pictures and segmentations, one of them.
 
     Attributes:
         files: the instances.
@@ -68,6 +75,7 @@ class Series:
         frame_of_reference: Frame of Reference UID, "" where absent.
         voxels: what the pixels unfold to by their headers, voxels times channels.
         picture: SOP Instance UID of the only file, where it lies nowhere in the patient (:data:`PICTURE_CLASSES`).
+        disputed: another file with other bytes says that it is this picture.
         referenced_series: Series Instance UIDs that a segmentation refers to.
         referenced_instances: SOP Instance UIDs that it refers to.
         synthetic: it says of itself that no patient was imaged (0008,001C).
@@ -81,6 +89,7 @@ class Series:
     frame_of_reference: str
     voxels: int
     picture: str = ""
+    disputed: bool = False
     referenced_series: tuple[str, ...] = ()
     referenced_instances: frozenset[str] = frozenset()
     synthetic: bool = False
@@ -113,43 +122,85 @@ class _Owner:
         return bool(self.uid or self.patient) and self.uid in ("", uid) and self.patient in ("", patient)
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What discovery needs of one file; an empty ``series`` says that it is no DICOM image."""
+
+    series: str = ""
+    sop_class: str = ""
+    instance: str = ""
+    patient: str = ""
+    frame_of_reference: str = ""
+    placed: bool = False
+    voxels: int = 0
+    synthetic: bool = False
+    referenced_series: tuple[str, ...] = ()
+    referenced_instances: frozenset[str] = frozenset()
+
+    @property
+    def picture(self) -> str:
+        """SOP Instance UID of an image that lies nowhere in the patient, "" for all others."""
+        return self.instance if _is_picture(self.sop_class, self.placed) else ""
+
+
 def find_series(folder: Path) -> Findings:
     """Read the headers of all files below ``folder`` and group them by Series Instance UID.
 
     Files that are no DICOM (and do not claim to be by their name), directories and objects without pixels are passed
     over.
     """
-    groups: dict[str, list[tuple[Path, pydicom.Dataset]]] = defaultdict(list)
+    groups: dict[str, list[tuple[Path, _Header]]] = defaultdict(list)
     unreadable: list[Path] = []
     closed: list[Path] = []
     for path in sorted(p for p in files_below(folder, closed) if not p.name.startswith(".")):
         header = _read_header(path)
         if header is None:
             unreadable.append(path)
-        elif header.get("SeriesInstanceUID") and "Rows" in header:
-            groups[str(header.SeriesInstanceUID)].append((path, header))
+        elif header.series:
+            groups[header.series].append((path, header))
     broken = {_owner(path) for path in unreadable}
-    series = [part for uid, members in sorted(groups.items()) for part in _parts(uid, members, broken)]
+    series = [part for _, members in sorted(groups.items()) for part in _parts(members, broken)]
     return Findings(
-        images=tuple(s for s in series if not s.is_segmentation),
+        images=tuple(_each_once([s for s in series if not s.is_segmentation])),
         segmentations=tuple(s for s in series if s.is_segmentation),
         unreadable=tuple(unreadable),
         closed=tuple(sorted(closed)),
     )
 
 
-def _read_header(path: Path) -> pydicom.Dataset | None:
+def _read_header(path: Path) -> _Header | None:
     """Return the header, an empty one for a file that is no DICOM image, or None for one that is broken."""
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
+        return _header(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS)))
     except InvalidDicomError:
-        return None if path.suffix.lower() in SUFFIXES else pydicom.Dataset()
-    except Exception:  # a damaged header makes pydicom raise nearly anything
+        return None if path.suffix.lower() in SUFFIXES else _Header()
+    except Exception:  # a damaged header makes pydicom raise nearly anything, some of it when a value is looked at
         return None
-    if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-        return pydicom.Dataset()
-    cut_short = "Rows" not in header and _promises_pixels(str(header.get("SOPClassUID", "")))
-    return header if header.get("SeriesInstanceUID") and not cut_short else None
+
+
+def _header(dataset: pydicom.Dataset) -> _Header | None:
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        return _Header()
+    sop_class, series = str(dataset.get("SOPClassUID", "")), str(dataset.get("SeriesInstanceUID") or "")
+    if not series or ("Rows" not in dataset and _promises_pixels(sop_class)):
+        return None
+    if "Rows" not in dataset:
+        return _Header()
+    references = list(dataset.get("ReferencedSeriesSequence") or [])
+    instances = [item for reference in references for item in reference.get("ReferencedInstanceSequence") or []]
+    found = _Header(
+        series=series,
+        sop_class=sop_class,
+        instance=str(dataset.get("SOPInstanceUID") or ""),
+        patient=patient_of(dataset),
+        frame_of_reference=str(dataset.get("FrameOfReferenceUID", "") or ""),
+        placed=bool(dataset.get("ImagePositionPatient")),
+        voxels=_voxels(dataset),
+        synthetic=str(dataset.get("SyntheticData") or "").upper() == "YES",
+        referenced_series=tuple(str(item.get("SeriesInstanceUID") or "") for item in references),
+        referenced_instances=frozenset(str(item.get("ReferencedSOPInstanceUID") or "") for item in instances) - {""},
+    )
+    return found if found.instance or not _is_picture(sop_class, found.placed) else None
 
 
 def _promises_pixels(sop_class: str) -> bool:
@@ -175,49 +226,72 @@ def _owner(path: Path) -> _Owner:
         return _Owner()
 
 
-def _parts(uid: str, members: Sequence[tuple[Path, pydicom.Dataset]], broken: Iterable[_Owner]) -> Iterable[Series]:
-    """Return the series, or each of its instances if they are pictures; two patients in it are nobody's."""
-    patients = {patient_of(header) for _, header in members}
+def _parts(members: Sequence[tuple[Path, _Header]], broken: Iterable[_Owner]) -> Iterable[Series]:
+    """Return what one Series Instance UID holds: each picture and segmentation by itself, the rest as one volume."""
+    volume = []
+    for path, header in members:
+        if header.sop_class in SEGMENTATION_CLASSES or header.picture:
+            yield _series([(path, header)], broken)
+        else:
+            volume.append((path, header))
+    if volume:
+        yield _series(volume, broken)
+
+
+def _series(members: Sequence[tuple[Path, _Header]], broken: Iterable[_Owner]) -> Series:
+    """Return files as one series; two patients in it are nobody's."""
+    first = members[0][1]
+    patients = {header.patient for _, header in members}
     patient = patients.pop() if len(patients) == 1 else ""
-    if all(is_picture(header) for _, header in members):
-        return [_series(uid, [member], patient, broken, str(member[1].SOPInstanceUID)) for member in members]
-    return [_series(uid, members, patient, broken)]
-
-
-def is_picture(header: pydicom.Dataset) -> bool:
-    """Whether an instance is an image of its own, that lies nowhere in the patient: an X-ray, a photograph."""
-    known = header.get("SOPClassUID") in PICTURE_CLASSES and header.get("SOPInstanceUID")
-    return bool(known) and not header.get("ImagePositionPatient")
-
-
-def _series(
-    uid: str,
-    members: Sequence[tuple[Path, pydicom.Dataset]],
-    patient: str,
-    broken: Iterable[_Owner],
-    picture: str = "",
-) -> Series:
-    header = members[0][1]
-    references = header.get("ReferencedSeriesSequence") or []
-    instances = (item for reference in references for item in reference.get("ReferencedInstanceSequence") or [])
     return Series(
-        uid=uid,
+        uid=first.series,
         files=tuple(path for path, _ in members),
         patient=patient,
-        is_segmentation=header.get("SOPClassUID") in SEGMENTATION_CLASSES,
-        frame_of_reference=str(header.get("FrameOfReferenceUID", "") or ""),
-        voxels=sum(_voxels(h) for _, h in members),
-        picture=picture,
-        referenced_series=tuple(str(item.get("SeriesInstanceUID", "")) for item in references),
-        referenced_instances=frozenset(str(item.get("ReferencedSOPInstanceUID", "")) for item in instances),
-        synthetic=any(str(h.get("SyntheticData") or "").upper() == "YES" for _, h in members),
-        suspect=any(owner.owns(uid, patient) for owner in broken),
+        is_segmentation=first.sop_class in SEGMENTATION_CLASSES,
+        frame_of_reference=first.frame_of_reference,
+        voxels=sum(header.voxels for _, header in members),
+        picture=first.picture,
+        referenced_series=first.referenced_series,
+        referenced_instances=first.referenced_instances,
+        synthetic=any(header.synthetic for _, header in members),
+        suspect=any(owner.owns(first.series, patient) for owner in broken),
     )
+
+
+def _each_once(images: Sequence[Series]) -> Iterator[Series]:
+    """Yield the images: a picture that came twice once, one that different files claim to be as disputed."""
+    copies: dict[str, list[Series]] = defaultdict(list)
+    for series in images:
+        if series.picture:
+            copies[series.picture].append(series)
+    for series in images:
+        same = copies.get(series.picture, [series])
+        if len(same) == 1:
+            yield series
+        elif len({_digest(one.files[0]) for one in same}) > 1:
+            yield replace(series, disputed=True)
+        elif series is same[0]:
+            yield series
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
+
+
+def is_picture(dataset: pydicom.Dataset) -> bool:
+    """Whether an instance is an image of its own, that lies nowhere in the patient: an X-ray, a photograph."""
+    return _is_picture(str(dataset.get("SOPClassUID", "")), bool(dataset.get("ImagePositionPatient")))
+
+
+def _is_picture(sop_class: str, placed: bool) -> bool:
+    return sop_class in PICTURE_CLASSES or (sop_class in CAPTURE_CLASSES and not placed)
 
 
 def _voxels(header: pydicom.Dataset) -> int:
     try:
-        return math.prod(int(header.get(keyword) or 1) for keyword in _EXTENT)
+        colours = 3 if header.get("PhotometricInterpretation") == "PALETTE COLOR" else 1
+        return colours * math.prod(int(header.get(keyword) or 1) for keyword in _EXTENT)
     except Exception:  # as above; what is no number now will be none for the reader, which refuses it
         return 0
 
@@ -234,15 +308,19 @@ def patient_of(header: pydicom.Dataset) -> str:
 def images_of(segmentation: Series, images: Iterable[Series]) -> tuple[Series, ...]:
     """Return the volume, or the pictures, that a segmentation belongs to; none where they are missing or ambiguous.
 
-    Referenced Series Sequence (0008,1115) decides; without a match, the only volume of the same patient in the same
-    frame of reference.
+    Referenced Series Sequence (0008,1115) decides: the volume that it names, else the pictures. Without a match, the
+    only volume of the same patient in the same frame of reference.
     """
     images = tuple(images)
     named = [series for series in images if series.uid in segmentation.referenced_series]
-    if pictures := tuple(series for series in named if series.picture in segmentation.referenced_instances):
-        return pictures
+    if volumes := [series for series in named if not series.picture]:
+        return (volumes[0],)
+    if segmentation.referenced_instances:
+        pictures = tuple(series for series in images if series.picture in segmentation.referenced_instances)
+        if pictures or named:
+            return pictures
     if named:
-        return (named[0],) if len(named) == 1 or not named[0].picture else ()
+        return (named[0],) if len(named) == 1 else ()
     frame = segmentation.frame_of_reference
     near = [s for s in images if frame and s.frame_of_reference == frame and s.patient == segmentation.patient]
     return tuple(near) if len(near) == 1 else ()

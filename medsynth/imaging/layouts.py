@@ -161,6 +161,8 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
             refused.setdefault(series, "too_large")
         if series.synthetic:
             refused.setdefault(series, "synthetic")
+        if series.disputed:
+            refused.setdefault(series, "disputed_picture")
         reason = "truncated_dicom" if series.suspect else refused.get(series)
         masks = tuple(labels[series])
         yield Case("dicom", series.patient, series.files, masks, refused=reason, picture=series.picture)

@@ -19,15 +19,21 @@ from monai.transforms.io.array import LoadImage
 from PIL import Image, ImageOps
 
 from medsynth.config import Grid, Ingest
-from medsynth.imaging.dicom import HighdicomReader, label_value, read_picture_segmentation, read_segmentation
+from medsynth.imaging.dicom import (
+    HighdicomReader,
+    is_deep,
+    label_value,
+    read_picture_segmentation,
+    read_segmentation,
+)
 from medsynth.imaging.layouts import Case
 from medsynth.imaging.refusal import CaseRefused
 
 AFFINE_TOLERANCE_MM = 0.1
 """Image and mask were often written by different programs, which round their affines differently."""
 _LOSSY = (".jpg", ".jpeg")
-_LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
-"""Weights of red, green and blue in a grey value, ITU-R BT.601, as Pillow's."""
+_LUMINANCE = torch.tensor([19595.0, 38470.0, 7471.0], dtype=torch.float64)
+"""Weights of red, green and blue in a grey value, ITU-R BT.601, in parts of 2^16 as Pillow has them."""
 _DEEP = ("I;16", "I;16L", "I;16B", "I", "F")
 """Pillow's names of grey images with more than 8 bits."""
 
@@ -105,17 +111,28 @@ def _image(case: Case, grid: Grid, max_voxels: int) -> tuple[torch.Tensor, np.nd
 
 
 def _picture(case: Case, grid: Grid) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
-    """Return a DICOM picture with the grid's channels, as :func:`_photograph` does, and the size of its pixels."""
+    """Return a DICOM picture with the grid's channels, and the size of its pixels.
+
+    Values are those of :func:`_photograph`, so that the same picture is known again as a PNG.
+    """
     if grid.spatial_dims != 2 or grid.slice_axis is not None:
         raise CaseRefused("no_geometry")
     array, affine = _read([str(p) for p in case.images], HighdicomReader())
     stored = array[None] if array.ndim == 2 else _channel_first(array)
-    image = stored
+    deep, image = is_deep(case.images[0]), stored
     if len(stored) < grid.channels:
         image = stored.expand(grid.channels, -1, -1).contiguous()
     elif len(stored) > grid.channels:
-        image = torch.tensordot(_LUMINANCE, stored, 1)[None]
+        image = _luminance(stored, deep)
+    if not deep:
+        stored = stored.expand(3, -1, -1)
     return image, affine if np.isfinite(affine).all() else None, stored
+
+
+def _luminance(colour: torch.Tensor, deep: bool) -> torch.Tensor:
+    """Return the grey values of a picture (3, *native), rounded as Pillow rounds those of 8 bits."""
+    grey = torch.tensordot(_LUMINANCE, colour.double(), 1)[None] / 2**16
+    return (grey if deep else (grey + 0.5).floor()).float()
 
 
 def _photograph(path: Path, channels: int, max_voxels: int) -> tuple[torch.Tensor, None, torch.Tensor]:

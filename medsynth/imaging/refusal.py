@@ -14,7 +14,7 @@ REASONS: dict[str, str] = {
     "multiple_frames": "several images at one position (time points, echoes): export one image a series",
     "irregular_geometry": "the slices differ in orientation, spacing or distance: send a regular volume",
     "no_geometry": "the objects hold no position, orientation or pixel spacing: export the series with its geometry "
-    "(single pictures need none where grid.spatial_dims is 2 and grid.slice_axis is not set)",
+    "(X-rays and photographs need none where grid.spatial_dims is 2 and grid.slice_axis is not set)",
     "no_label": "no mask belongs to this image: add one (DICOM SEG or files; RTSTRUCT is not read), or set "
     "ingest.require_labels to false",
     "several_masks": "several masks have this image's name, and none says which is meant: keep one",
@@ -23,7 +23,9 @@ REASONS: dict[str, str] = {
     "no_image": "this segmentation belongs to no image of the input: add the image or remove it",
     "shape_mismatch": "image and mask differ in shape, or the mask reaches outside of the image",
     "geometry_mismatch": "image and mask of the same shape lie at different places: resample the mask to the image",
-    "unplaced_mask": "the segmentation's frames name no image that they lie on, or it cannot be read: export it again",
+    "unplaced_mask": "the segmentation's frames do not name this image as what they lie on, pixel on pixel, or it "
+    "cannot be read: export it again",
+    "disputed_picture": "several files that differ say that they are this image (0008,0018): keep the right one",
     "unknown_label": "the mask holds a label that grid.labels does not name: use the names that the input declares",
     "overlapping_labels": "two segments claim the same voxel with different labels: keep one label a voxel",
     "empty_label": "the mask has fewer foreground voxels than ingest.min_foreground_voxels",

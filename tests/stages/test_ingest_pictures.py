@@ -169,7 +169,6 @@ def test_colour_and_grey_come_as_the_grid_asks_for(tmp_path: Path, channels: int
     (found,) = loaded(tmp_path, study(channels=channels))
 
     assert found.image.shape == (channels, *SIZE)
-    assert len(found.stored) == stored
     if stored == 3:
         luminance = np.asarray(Image.fromarray(colour).convert("L"), np.float32)
         assert np.abs(found.image[0].numpy() - luminance).max() <= 1
@@ -242,3 +241,190 @@ def test_slices_that_lost_their_place_are_one_case_and_none_of_pictures(tmp_path
     )
 
     assert reasons(settings, tmp_path / "in", tmp_path / "out") == ["no_geometry"]
+
+
+def in_one_series(tmp_path: Path, *pairs: tuple[np.ndarray, np.ndarray], people: tuple[str, ...] = ()) -> list[Path]:
+    """Write pictures of one series, and their segmentations as instances of another one."""
+    paths, series, masks = [], generate_uid(), generate_uid()
+    for number, (image, label) in enumerate(pairs):
+        path = put(tmp_path, f"{number}", image, label, SeriesInstanceUID=series)
+        for each in (path, tmp_path / f"{number}" / "seg.dcm"):
+            dataset = pydicom.dcmread(each)
+            dataset.PatientID = people[number] if people else "P0"
+            if each != path:
+                dataset.SeriesInstanceUID = masks
+                dataset.ReferencedSeriesSequence[0].SeriesInstanceUID = series
+            dataset.save_as(each)
+        paths.append(path)
+    return paths
+
+
+def test_segmentations_of_one_series_keep_their_own_pictures(tmp_path: Path) -> None:
+    pairs = chest(1), tuple(array[:20] for array in chest(2))
+    in_one_series(tmp_path, *pairs)  # type: ignore[arg-type]  # a pair of two
+
+    for found, (image, label) in zip(loaded(tmp_path, study()), pairs, strict=True):
+        assert np.array_equal(found.image[0].numpy(), image.astype(np.float32))
+        assert np.array_equal(found.label.numpy(), label)
+
+
+def test_patients_that_share_a_series_by_mistake_do_not_decide_about_one_another(tmp_path: Path) -> None:
+    in_one_series(tmp_path, chest(1), chest(2), people=("P0", "P1"))
+
+    cases = discover(tmp_path, study().ingest)
+
+    assert [(case.person, len(case.labels), case.refused) for case in cases] == [("P0", 1, None), ("P1", 1, None)]
+
+
+def test_a_segmentation_of_an_image_that_was_not_sent_is_nobody_elses(tmp_path: Path) -> None:
+    frontal, _ = in_one_series(tmp_path, chest(1), chest(2))
+    frontal.unlink()
+
+    cases = discover(tmp_path, study().ingest)
+
+    assert sorted((case.refused or "", len(case.labels)) for case in cases) == [("", 1), ("no_image", 0)]
+
+
+def test_a_segmentation_follows_its_picture_under_another_series(tmp_path: Path) -> None:
+    image, label = chest(0)
+    path = put(tmp_path, "P0", image, label)
+    dataset = pydicom.dcmread(path)
+    dataset.SeriesInstanceUID = generate_uid()
+    dataset.save_as(path)
+
+    (found,) = loaded(tmp_path, study())
+
+    assert np.array_equal(found.label.numpy(), label)
+
+
+def test_a_volume_keeps_its_segmentation_that_lists_a_capture_too(tmp_path: Path) -> None:
+    image, label = np.stack([chest(i)[0] for i in range(3)], -1), np.stack([chest(i)[1] for i in range(3)], -1)
+    meta = SeriesMeta("MR", "P0", "Zyxwvut^Planted", synthetic=False)
+    series = write_series(tmp_path / "volume", image, np.eye(4), meta)
+    segmentation = write_segmentation(tmp_path / "seg.dcm", label, series, LABELS)
+    capture = pydicom.dcmread(put(tmp_path, "P0", chest(5)[0], None, "1.2.840.10008.5.1.4.1.1.7"))
+    more, item = pydicom.Dataset(), pydicom.Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = capture.SOPClassUID, capture.SOPInstanceUID
+    more.SeriesInstanceUID, more.ReferencedInstanceSequence = capture.SeriesInstanceUID, [item]
+    segmentation.ReferencedSeriesSequence.append(more)
+    segmentation.save_as(tmp_path / "seg.dcm")
+
+    cases = discover(tmp_path, study().ingest)
+
+    assert {bool(case.picture): len(case.labels) for case in cases} == {False: 1, True: 0}
+
+
+def elsewhere(dataset: pydicom.Dataset) -> None:
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        frame.DerivationImageSequence[0].SourceImageSequence[0].SpatialLocationsPreserved = "REORIENTED_ONLY"
+
+
+def told_for_all(dataset: pydicom.Dataset) -> None:
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        dataset.SharedFunctionalGroupsSequence[0].DerivationImageSequence = frame.DerivationImageSequence
+        del frame.DerivationImageSequence
+
+
+@pytest.mark.parametrize(("change", "refused"), [(elsewhere, ["unplaced_mask"]), (told_for_all, [])])
+def test_masks_of_other_programs(tmp_path: Path, change: Any, refused: list[str]) -> None:
+    for index in range(6):
+        put(tmp_path / "in", f"P{index}", *chest(index))
+    path = tmp_path / "in" / "P2" / "seg.dcm"
+    dataset = pydicom.dcmread(path)
+    change(dataset)
+    dataset.save_as(path)
+
+    assert reasons(study(), tmp_path / "in", tmp_path / "out") == refused
+
+
+def test_an_x_ray_with_a_position_is_shown_like_one_without(tmp_path: Path) -> None:
+    image, label = chest(0)
+    put(tmp_path, "P0", image, label)
+    position = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    put(tmp_path, "P1", image, None, PixelSpacing=["1", "1"], FrameOfReferenceUID=generate_uid(), **position)
+
+    plain, placed = loaded(tmp_path, config.parse({**study().model_dump(mode="json"), "ingest": LENIENT}))
+
+    assert np.array_equal(plain.image.numpy(), placed.image.numpy())
+
+
+LENIENT = {"test_fraction": 0.5, "require_labels": False}
+
+
+def test_a_picture_that_came_twice_counts_once_and_one_that_differs_is_quarantined(tmp_path: Path) -> None:
+    for index in range(6):
+        put(tmp_path / "in", f"P{index}", *chest(index))
+    for person in ("P1", "P2"):
+        path = tmp_path / "in" / person / "image" / "00001.dcm"
+        shutil.copy(path, path.with_name("00002.dcm"))
+    other = pydicom.dcmread(path)
+    other.PixelData = other.PixelData[::-1]
+    other.save_as(path)
+
+    assert reasons(study(), tmp_path / "in", tmp_path / "out") == ["disputed_picture"] * 2
+    with (tmp_path / "out" / "cases.csv").open(newline="") as handle:
+        assert len(list(csv.DictReader(handle))) == 5
+
+
+@pytest.mark.parametrize("shape", ["INVERSE", "IDENTITY"])
+def test_inversion_and_padding_are_as_viewers_have_them(tmp_path: Path, shape: str) -> None:
+    image, label = chest(0)
+    image[:5] = 0
+    header = {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": shape, "PixelRepresentation": 0}
+    put(tmp_path, "P0", image, label, PixelPaddingValue=0, **header)
+
+    (found,) = loaded(tmp_path, study())
+
+    shown = found.image[0].numpy()
+    assert np.corrcoef(shown[5:].ravel(), image[5:].ravel())[0, 1] == pytest.approx(-1)
+    assert (shown[:5] == shown.min()).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_a_picture_is_the_same_in_dicom_and_in_png(tmp_path: Path, channels: int, colours: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+    image = image if colours == 3 else image[..., 0]
+    label = chest(0)[1]
+    put(tmp_path / "d", "P0", image, label, ENDOSCOPIC)
+    for folder, array in (("images", image), ("masks", label)):
+        (tmp_path / "p" / folder).mkdir(parents=True)
+        Image.fromarray(np.swapaxes(array, 0, 1)).save(tmp_path / "p" / folder / "a.png")
+
+    ((first,), (second,)) = (loaded(tmp_path / kind, study(channels=channels)) for kind in "dp")
+
+    assert first.values == second.values and first.content == second.content
+    assert np.array_equal(first.label, second.label)
+
+
+def test_colours_of_a_palette_count_before_they_are_unfolded(tmp_path: Path) -> None:
+    put(tmp_path, "P0", *chest(0), PhotometricInterpretation="PALETTE COLOR")
+    voxels = SIZE[0] * SIZE[1]
+    strict = config.parse({**study().model_dump(mode="json"), "ingest": {"max_voxels": 2 * voxels}})
+
+    (case,) = discover(tmp_path, strict.ingest)
+
+    assert case.refused == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "garbage"),
+    [
+        ("image/00001.dcm", b"\x10\x00\x20\x00LO", b"\x10\x00\x20\x00L)"),  # Patient ID in no known form
+        ("seg.dcm", b"\x08\x00\x55\x11UI", b"\x08\x00\x55\x11L)"),  # Referenced SOP Instance UID likewise
+        ("image/00001.dcm", b"5.1.4.1.1.1.1", b"5.1.4\\1.1.1.1"),  # two SOP classes
+    ],
+)
+def test_one_damaged_byte_of_a_header_costs_one_patient_not_the_cohort(
+    tmp_path: Path, name: str, tag: bytes, garbage: bytes
+) -> None:
+    for index in range(6):
+        put(tmp_path / "in", f"P{index}", *chest(index))
+    path = tmp_path / "in" / "P2" / name
+    raw = path.read_bytes()
+    at = raw.rindex(tag)
+    path.write_bytes(raw[:at] + garbage + raw[at + len(tag) :])
+
+    assert reasons(study(), tmp_path / "in", tmp_path / "out")
+    with (tmp_path / "out" / "cases.csv").open(newline="") as handle:
+        assert len(list(csv.DictReader(handle))) == 5
