@@ -259,13 +259,15 @@ def _series(members: Sequence[tuple[Path, _Header]], broken: Iterable[_Owner]) -
 
 
 def _each_once(images: Sequence[Series]) -> Iterator[Series]:
-    """Yield the images: a picture that came twice once, one that different files claim to be as disputed."""
-    copies: dict[str, list[Series]] = defaultdict(list)
+    """Yield the images: a picture that came twice once, one that different files claim to be as disputed.
+
+    Only among a patient's own: what another patient's files say must not decide about them.
+    """
+    copies: dict[tuple[str, str], list[Series]] = defaultdict(list)
     for series in images:
-        if series.picture:
-            copies[series.picture].append(series)
+        copies[series.picture, series.patient].append(series)
     for series in images:
-        same = copies.get(series.picture, [series])
+        same = copies[series.picture, series.patient] if series.picture else [series]
         if len(same) == 1:
             yield series
         elif len({_digest(one.files[0]) for one in same}) > 1:
@@ -308,17 +310,18 @@ def patient_of(header: pydicom.Dataset) -> str:
 def images_of(segmentation: Series, images: Iterable[Series]) -> tuple[Series, ...]:
     """Return the volume, or the pictures, that a segmentation belongs to; none where they are missing or ambiguous.
 
-    Referenced Series Sequence (0008,1115) decides: the volume that it names, else the pictures. Without a match, the
-    only volume of the same patient in the same frame of reference.
+    Referenced Series Sequence (0008,1115) decides: the volume that it names, else the pictures, of its own patient where
+    several have an identifier that only one should have. Without a match, the only volume of the same patient in the
+    same frame of reference.
     """
     images = tuple(images)
     named = [series for series in images if series.uid in segmentation.referenced_series]
     if volumes := [series for series in named if not series.picture]:
         return (volumes[0],)
     if segmentation.referenced_instances:
-        pictures = tuple(series for series in images if series.picture in segmentation.referenced_instances)
+        pictures = [series for series in images if series.picture in segmentation.referenced_instances]
         if pictures or named:
-            return pictures
+            return tuple(s for s in pictures if s.patient == segmentation.patient) or tuple(pictures)
     if named:
         return (named[0],) if len(named) == 1 else ()
     frame = segmentation.frame_of_reference

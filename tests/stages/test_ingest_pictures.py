@@ -366,6 +366,27 @@ def test_a_picture_that_came_twice_counts_once_and_one_that_differs_is_quarantin
         assert len(list(csv.DictReader(handle))) == 5
 
 
+def test_pictures_of_two_patients_under_one_identifier_do_not_decide_about_one_another(tmp_path: Path) -> None:
+    paths = in_one_series(tmp_path, chest(1), chest(2), people=("P0", "P1"))
+    uid = pydicom.dcmread(paths[0]).SOPInstanceUID
+    for path in paths:  # as a broken de-identifier leaves them
+        dataset = pydicom.dcmread(path)
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+        dataset.save_as(path)
+        mask = path.parent.parent / "seg.dcm"
+        segmentation = pydicom.dcmread(mask)
+        segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPInstanceUID = uid
+        for frame in segmentation.PerFrameFunctionalGroupsSequence:
+            frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID = uid
+        segmentation.save_as(mask)
+
+    cases = discover(tmp_path, study().ingest)
+
+    assert [(case.person, len(case.labels), case.refused) for case in cases] == [("P0", 1, None), ("P1", 1, None)]
+    for found, seed in zip(loaded(tmp_path, study()), (1, 2), strict=True):
+        assert np.array_equal(found.label.numpy(), chest(seed)[1])
+
+
 @pytest.mark.parametrize("shape", ["INVERSE", "IDENTITY"])
 def test_inversion_and_padding_are_as_viewers_have_them(tmp_path: Path, shape: str) -> None:
     image, label = chest(0)
