@@ -310,9 +310,9 @@ def patient_of(header: pydicom.Dataset) -> str:
 def images_of(segmentation: Series, images: Iterable[Series]) -> tuple[Series, ...]:
     """Return the volume, or the pictures, that a segmentation belongs to; none where they are missing or ambiguous.
 
-    Referenced Series Sequence (0008,1115) decides: the volume that it names, else the pictures, of its own patient where
-    several have an identifier that only one should have. Without a match, the only volume of the same patient in the
-    same frame of reference.
+    Referenced Series Sequence (0008,1115) decides: the volume that it names, else the pictures, of its own patient
+    where several have an identifier that only one should have. Without a match, the only volume of the same patient in
+    the same frame of reference.
     """
     images = tuple(images)
     named = [series for series in images if series.uid in segmentation.referenced_series]
