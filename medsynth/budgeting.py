@@ -269,10 +269,8 @@ def _print_account(console: Console, account: Account, own: str) -> None:
 def _print_limits(console: Console, lines: Sequence[Record], reserved: Sequence[Record]) -> None:
     limits = limits_of(lines)
     for most, delta in limits:
-        left = max(0.0, most - round_up(epsilon(counted_events(reserved), delta)))
-        console.print(
-            f"  limit: epsilon {most:g} at delta {delta:g}; left about {math.floor(left * 1000 + 1e-6) / 1000:.3f}"
-        )
+        over = round_up(round_up(epsilon(counted_events(reserved), delta)) - most)
+        console.print(f"  limit: epsilon {most:g} at delta {delta:g}; left about {max(0.0, -over):.3f}")
     if not limits:
         console.print("  limit: none, everything is counted and stated (set one with: medsynth budget limit)")
 

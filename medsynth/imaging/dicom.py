@@ -53,8 +53,6 @@ def _read_datasets(files: Sequence[Path]) -> list[pydicom.Dataset]:
 
 
 def _volume(datasets: Sequence[pydicom.Dataset]) -> Volume:
-    if len(datasets) == 1 and is_picture(datasets[0]):
-        return _picture(datasets[0])
     multiframe = any(int(ds.get("NumberOfFrames") or 1) > 1 for ds in datasets)
     if multiframe and len(datasets) > 1:
         raise CaseRefused("multiple_frames")
@@ -188,8 +186,8 @@ class HighdicomReader(ImageReader):
 
         A picture has pixels (X, Y[, 3]), and NaN in its affine where the size of its pixels is not known.
         """
-        volume = _volume(img)
-        axes = 2 if len(img) == 1 and is_picture(img[0]) else 3
+        single = len(img) == 1 and is_picture(img[0])
+        volume, axes = (_picture(img[0]), 2) if single else (_volume(img), 3)
         meta = {
             "affine": volume.affine,
             "original_affine": volume.affine.copy(),
@@ -302,13 +300,7 @@ def _frames_of(
         raise
     except Exception as error:  # highdicom's refusals share no class
         raise CaseRefused("unplaced_mask") from error
-    found = []
-    for channel, number in enumerate(numbers):
-        name = str(source.get_segment_description(number).get("SegmentLabel", ""))
-        mask = frames[..., channel].T > 0
-        if mask.any() and (value := label_value(name, number, grid)):
-            found.append((value, mask))
-    return found
+    return [(value, frames[..., channel].T > 0) for value, channel in _foreground(source, frames, grid)]
 
 
 def _prepare_frames(dataset: pydicom.Dataset, picture: str) -> None:
@@ -349,13 +341,26 @@ def _segments(dataset: pydicom.Dataset, grid: Grid, max_voxels: int) -> list[tup
         raise
     except Exception as error:  # highdicom's refusals share no class
         raise CaseRefused("unreadable_file") from error
+    return [
+        (value, _as_ras(volume.with_array(volume.array[..., channel])))
+        for value, channel in _foreground(source, volume.array, grid)
+    ]
+
+
+def _foreground(source: Any, array: np.ndarray, grid: Grid) -> list[tuple[int, int]]:
+    """Return label and channel of the segments that mark anything, background left out.
+
+    Args:
+        source: the segmentation.
+        array: (..., segment) its segments in their order.
+        grid: names the labels.
+    """
     found = []
-    for channel, number in enumerate(numbers):
+    for channel, number in enumerate(int(n) for n in source.segment_numbers):
         name = str(source.get_segment_description(number).get("SegmentLabel", ""))
-        one = _as_ras(volume.with_array(volume.array[..., channel]))
-        if one.array.any():
-            found.append((label_value(name, number, grid), one))
-    return [(value, one) for value, one in found if value != 0]
+        if array[..., channel].any() and (value := label_value(name, number, grid)):
+            found.append((value, channel))
+    return found
 
 
 def _onto(segment: Volume, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:

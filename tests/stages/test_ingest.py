@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import errno
 import gzip
 import json
@@ -14,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from ingesting import ingested, rows
 from PIL import Image
 from pydicom.uid import generate_uid
 
@@ -115,17 +115,6 @@ def read_series(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     reader = HighdicomReader()
     array, meta = reader.get_data(reader.read(files))
     return array, meta["affine"]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
-def ingested(settings: Study, source: Path, out: Path) -> list[str]:
-    """Run the stage; returns the reasons of the quarantine list."""
-    ingest.run(settings, {"source": source}, out, Tracker())
-    return sorted(row["reason"] for row in rows(out / "quarantine.csv"))
 
 
 def in_world(array: np.ndarray, affine: np.ndarray) -> dict[tuple[float, ...], float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from ingesting import ingested, rows
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, generate_uid
@@ -23,8 +23,6 @@ from medsynth.imaging.dicom_writer import SeriesMeta, write_series
 from medsynth.imaging.layouts import discover
 from medsynth.imaging.loading import Loaded, load_case
 from medsynth.imaging.transforms import to_grid
-from medsynth.stages import ingest
-from medsynth.tracking import Tracker
 
 # As ingest does: every reader that MONAI registers and we never use would warn.
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodec")
@@ -35,13 +33,13 @@ LABELS = {0: "background", 1: "left lung", 2: "right lung"}
 SIZE = (24, 16)  # columns, rows
 
 
-def study(**grid: Any) -> Study:
+def study(ingest: dict[str, Any] | None = None, **grid: Any) -> Study:
     return config.parse(
         {
             "name": "pictures",
             "grid": {"spatial_dims": 2, "shape": [16, 16], "labels": LABELS, **grid},
             "privacy": {"declared_patients": 16},
-            "ingest": {"test_fraction": 0.5},
+            "ingest": {"test_fraction": 0.5, **(ingest or {})},
             "encode": {"levels": 1},
             "masks": {"coefficients": [4, 4]},
             "train": {"appearance": {"coefficients": [2, 2]}},
@@ -72,12 +70,6 @@ def put(
     return path
 
 
-def reasons(settings: Study, source: Path, out: Path) -> list[str]:
-    ingest.run(settings, {"source": source}, out, Tracker())
-    with (out / "quarantine.csv").open(newline="") as handle:
-        return sorted(row["reason"] for row in csv.DictReader(handle))
-
-
 def loaded(source: Path, settings: Study) -> list[Loaded]:
     cases = sorted(discover(source, settings.ingest), key=lambda case: case.images)
     return [load_case(case, settings.grid, settings.ingest) for case in cases]
@@ -87,7 +79,7 @@ def test_x_rays_with_segmentations_become_a_cohort(tmp_path: Path) -> None:
     for index in range(6):
         put(tmp_path / "in", f"P{index}", *chest(index))
 
-    assert reasons(study(), tmp_path / "in", tmp_path / "out") == []
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == []
 
     patients = [p for split in ("train", "test") for p in load_patients(tmp_path / "out", study().grid, split)]
     assert len(patients) == 6
@@ -214,7 +206,7 @@ def test_a_mask_that_cannot_lie_on_its_picture_is_quarantined(tmp_path: Path, sp
         put(tmp_path / "in", f"P{index}", *chest(index))
     spoil(tmp_path / "in" / "P2" / "seg.dcm")
 
-    assert reasons(study(), tmp_path / "in", tmp_path / "out") == [reason]
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == [reason]
 
 
 def test_films_are_no_pictures(tmp_path: Path) -> None:
@@ -226,7 +218,7 @@ def test_films_are_no_pictures(tmp_path: Path) -> None:
     dataset.PixelData = dataset.PixelData * 2
     dataset.save_as(path)
 
-    assert reasons(study(), tmp_path / "in", tmp_path / "out") == ["multiple_frames"]
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == ["multiple_frames"]
 
 
 def test_slices_that_lost_their_place_are_one_case_and_none_of_pictures(tmp_path: Path) -> None:
@@ -236,11 +228,8 @@ def test_slices_that_lost_their_place_are_one_case_and_none_of_pictures(tmp_path
     second = pydicom.dcmread(path)
     second.SOPInstanceUID = second.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     second.save_as(path.with_name("00002.dcm"))
-    settings = config.parse(
-        {**study().model_dump(mode="json"), "ingest": {"test_fraction": 0.5, "require_labels": False}}
-    )
 
-    assert reasons(settings, tmp_path / "in", tmp_path / "out") == ["no_geometry"]
+    assert ingested(study({"require_labels": False}), tmp_path / "in", tmp_path / "out") == ["no_geometry"]
 
 
 def in_one_series(tmp_path: Path, *pairs: tuple[np.ndarray, np.ndarray], people: tuple[str, ...] = ()) -> list[Path]:
@@ -260,8 +249,9 @@ def in_one_series(tmp_path: Path, *pairs: tuple[np.ndarray, np.ndarray], people:
 
 
 def test_segmentations_of_one_series_keep_their_own_pictures(tmp_path: Path) -> None:
-    pairs = chest(1), tuple(array[:20] for array in chest(2))
-    in_one_series(tmp_path, *pairs)  # type: ignore[arg-type]  # a pair of two
+    image, label = chest(2)
+    pairs = chest(1), (image[:20], label[:20])
+    in_one_series(tmp_path, *pairs)
 
     for found, (image, label) in zip(loaded(tmp_path, study()), pairs, strict=True):
         assert np.array_equal(found.image[0].numpy(), image.astype(np.float32))
@@ -334,7 +324,7 @@ def test_masks_of_other_programs(tmp_path: Path, change: Any, refused: list[str]
     change(dataset)
     dataset.save_as(path)
 
-    assert reasons(study(), tmp_path / "in", tmp_path / "out") == refused
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == refused
 
 
 def test_an_x_ray_with_a_position_is_shown_like_one_without(tmp_path: Path) -> None:
@@ -343,12 +333,9 @@ def test_an_x_ray_with_a_position_is_shown_like_one_without(tmp_path: Path) -> N
     position = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
     put(tmp_path, "P1", image, None, PixelSpacing=["1", "1"], FrameOfReferenceUID=generate_uid(), **position)
 
-    plain, placed = loaded(tmp_path, config.parse({**study().model_dump(mode="json"), "ingest": LENIENT}))
+    plain, placed = loaded(tmp_path, study({"require_labels": False}))
 
     assert np.array_equal(plain.image.numpy(), placed.image.numpy())
-
-
-LENIENT = {"test_fraction": 0.5, "require_labels": False}
 
 
 def test_a_picture_that_came_twice_counts_once_and_one_that_differs_is_quarantined(tmp_path: Path) -> None:
@@ -361,9 +348,8 @@ def test_a_picture_that_came_twice_counts_once_and_one_that_differs_is_quarantin
     other.PixelData = other.PixelData[::-1]
     other.save_as(path)
 
-    assert reasons(study(), tmp_path / "in", tmp_path / "out") == ["disputed_picture"] * 2
-    with (tmp_path / "out" / "cases.csv").open(newline="") as handle:
-        assert len(list(csv.DictReader(handle))) == 5
+    assert ingested(study(), tmp_path / "in", tmp_path / "out") == ["disputed_picture"] * 2
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 5
 
 
 def test_pictures_of_two_patients_under_one_identifier_do_not_decide_about_one_another(tmp_path: Path) -> None:
@@ -420,10 +406,8 @@ def test_a_picture_is_the_same_in_dicom_and_in_png(tmp_path: Path, channels: int
 
 def test_colours_of_a_palette_count_before_they_are_unfolded(tmp_path: Path) -> None:
     put(tmp_path, "P0", *chest(0), PhotometricInterpretation="PALETTE COLOR")
-    voxels = SIZE[0] * SIZE[1]
-    strict = config.parse({**study().model_dump(mode="json"), "ingest": {"max_voxels": 2 * voxels}})
 
-    (case,) = discover(tmp_path, strict.ingest)
+    (case,) = discover(tmp_path, study({"max_voxels": 2 * SIZE[0] * SIZE[1]}).ingest)
 
     assert case.refused == "too_large"
 
@@ -446,6 +430,5 @@ def test_one_damaged_byte_of_a_header_costs_one_patient_not_the_cohort(
     at = raw.rindex(tag)
     path.write_bytes(raw[:at] + garbage + raw[at + len(tag) :])
 
-    assert reasons(study(), tmp_path / "in", tmp_path / "out")
-    with (tmp_path / "out" / "cases.csv").open(newline="") as handle:
-        assert len(list(csv.DictReader(handle))) == 5
+    assert ingested(study(), tmp_path / "in", tmp_path / "out")
+    assert len(rows(tmp_path / "out" / "cases.csv")) == 5
