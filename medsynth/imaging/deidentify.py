@@ -101,7 +101,8 @@ def read_references(cohort: Path) -> References:
 
 
 def _keyed(key: bytes, kind: str, text: str) -> str:
-    return hmac.new(key, f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()
+    # Names of files need not be UTF-8.
+    return hmac.new(key, f"{kind}\0{text}".encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
 
 def relative(path: Path, source: Path) -> str:

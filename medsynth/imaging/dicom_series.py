@@ -8,13 +8,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag
-from pydicom.uid import UID, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
+from medsynth.imaging.refusal import CaseRefused
 from medsynth.imaging.tree import files_below
 
 SEGMENTATION_CLASSES = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
@@ -49,6 +57,7 @@ CAPTURE_CLASSES = frozenset(f"{_STORAGE}{number}" for number in ("7", "7.1", "7.
 """Secondary Capture, which is a picture unless it has a position."""
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 _EXTENT = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")
+_FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _HEADER_TAGS = [
     "SOPClassUID",
     "SOPInstanceUID",
@@ -59,6 +68,7 @@ _HEADER_TAGS = [
     "PhotometricInterpretation",
     "ReferencedSeriesSequence",
     "SyntheticData",
+    *_FRAME_GROUPS,
     *_EXTENT,
 ]
 _PATIENT_ID = 0x00100020
@@ -171,11 +181,29 @@ def find_series(folder: Path) -> Findings:
 def _read_header(path: Path) -> _Header | None:
     """Return the header, an empty one for a file that is no DICOM image, or None for one that is broken."""
     try:
-        return _header(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS)))
+        return _header(read_instance(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS)))
     except InvalidDicomError:
         return None if path.suffix.lower() in SUFFIXES else _Header()
     except Exception:  # a damaged header makes pydicom raise nearly anything, some of it when a value is looked at
         return None
+
+
+def read_instance(path: Path, **how: Any) -> pydicom.Dataset:
+    """Read an instance, as :func:`pydicom.dcmread` does; also one without preamble and meta information.
+
+    Raises:
+        InvalidDicomError: it is no DICOM, or names no series.
+    """
+    try:
+        return pydicom.dcmread(path, **how)
+    except InvalidDicomError:
+        if not _owner(path).uid:
+            raise
+    dataset = pydicom.dcmread(path, force=True, **how)
+    implicit, little = dataset.original_encoding
+    plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain
+    return dataset
 
 
 def _header(dataset: pydicom.Dataset) -> _Header | None:
@@ -184,7 +212,7 @@ def _header(dataset: pydicom.Dataset) -> _Header | None:
     sop_class, series = str(dataset.get("SOPClassUID", "")), str(dataset.get("SeriesInstanceUID") or "")
     if not series or ("Rows" not in dataset and _promises_pixels(sop_class)):
         return None
-    if "Rows" not in dataset:
+    if "Rows" not in dataset or not (_promises_pixels(sop_class) or _is_unknown(sop_class)):
         return _Header()
     references = list(dataset.get("ReferencedSeriesSequence") or [])
     instances = [item for reference in references for item in reference.get("ReferencedInstanceSequence") or []]
@@ -194,7 +222,7 @@ def _header(dataset: pydicom.Dataset) -> _Header | None:
         instance=str(dataset.get("SOPInstanceUID") or ""),
         patient=patient_of(dataset),
         frame_of_reference=str(dataset.get("FrameOfReferenceUID", "") or ""),
-        placed=bool(dataset.get("ImagePositionPatient")),
+        placed=_placed(dataset),
         voxels=_voxels(dataset),
         synthetic=str(dataset.get("SyntheticData") or "").upper() == "YES",
         referenced_series=tuple(str(item.get("SeriesInstanceUID") or "") for item in references),
@@ -204,7 +232,12 @@ def _header(dataset: pydicom.Dataset) -> _Header | None:
 
 
 def _promises_pixels(sop_class: str) -> bool:
-    return sop_class in SEGMENTATION_CLASSES or UID(sop_class).name.endswith("Image Storage")
+    return sop_class in SEGMENTATION_CLASSES or "Image Storage" in UID(sop_class).name
+
+
+def _is_unknown(sop_class: str) -> bool:
+    """Whether nobody knows what an object is: a dose or a map of parameters has pixels, too, and is no image."""
+    return not sop_class or UID(sop_class).name == sop_class
 
 
 def _owner(path: Path) -> _Owner:
@@ -235,7 +268,18 @@ def _parts(members: Sequence[tuple[Path, _Header]], broken: Iterable[_Owner]) ->
         else:
             volume.append((path, header))
     if volume:
-        yield _series(volume, broken)
+        yield _series(list(_without_copies(volume)), broken)
+
+
+def _without_copies(members: Sequence[tuple[Path, _Header]]) -> Iterator[tuple[Path, _Header]]:
+    """Yield the files of a volume, one that came twice once."""
+    copies: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path, header in members:
+        copies[header.instance, header.patient].append(path)
+    for path, header in members:
+        first = copies[header.instance, header.patient][0]
+        if path == first or not header.instance or _digest(path) != _digest(first):
+            yield path, header
 
 
 def _series(members: Sequence[tuple[Path, _Header]], broken: Iterable[_Owner]) -> Series:
@@ -283,7 +327,13 @@ def _digest(path: Path) -> bytes:
 
 def is_picture(dataset: pydicom.Dataset) -> bool:
     """Whether an instance is an image of its own, that lies nowhere in the patient: an X-ray, a photograph."""
-    return _is_picture(str(dataset.get("SOPClassUID", "")), bool(dataset.get("ImagePositionPatient")))
+    return _is_picture(str(dataset.get("SOPClassUID", "")), _placed(dataset))
+
+
+def _placed(dataset: pydicom.Dataset) -> bool:
+    """Whether an instance, or a frame of it, says where it lies in the patient."""
+    groups = [group for keyword in _FRAME_GROUPS for group in dataset.get(keyword) or []]
+    return bool(dataset.get("ImagePositionPatient")) or any("PlanePositionSequence" in group for group in groups)
 
 
 def _is_picture(sop_class: str, placed: bool) -> bool:
@@ -308,22 +358,28 @@ def patient_of(header: pydicom.Dataset) -> str:
 
 
 def images_of(segmentation: Series, images: Iterable[Series]) -> tuple[Series, ...]:
-    """Return the volume, or the pictures, that a segmentation belongs to; none where they are missing or ambiguous.
+    """Return the volumes, or the pictures, that a segmentation belongs to, among those of its own patient.
 
-    Referenced Series Sequence (0008,1115) decides: the volume that it names, else the pictures, of its own patient
-    where several have an identifier that only one should have. Without a match, the only volume of the same patient in
-    the same frame of reference.
+    Referenced Series Sequence (0008,1115) decides: the volumes that it names in its own frame of reference, else the
+    pictures. Without a match, the only volume in the same frame of reference. What another patient's files say must not
+    decide.
+
+    Raises:
+        CaseRefused: there is none, it is ambiguous, another patient's is named, or it lies in another frame of
+            reference.
     """
-    images = tuple(images)
-    named = [series for series in images if series.uid in segmentation.referenced_series]
+    images, frame = tuple(images), segmentation.frame_of_reference
+    own = [series for series in images if series.patient == segmentation.patient]
+    named = [series for series in own if series.uid in segmentation.referenced_series]
     if volumes := [series for series in named if not series.picture]:
-        return (volumes[0],)
-    if segmentation.referenced_instances:
-        pictures = [series for series in images if series.picture in segmentation.referenced_instances]
-        if pictures or named:
-            return tuple(s for s in pictures if s.patient == segmentation.patient) or tuple(pictures)
-    if named:
-        return (named[0],) if len(named) == 1 else ()
-    frame = segmentation.frame_of_reference
-    near = [s for s in images if frame and s.frame_of_reference == frame and s.patient == segmentation.patient]
-    return tuple(near) if len(near) == 1 else ()
+        if near := [s for s in volumes if not (frame and s.frame_of_reference) or s.frame_of_reference == frame]:
+            return tuple(near)
+        raise CaseRefused("geometry_mismatch")
+    if pictures := [series for series in own if series.picture in segmentation.referenced_instances]:
+        return tuple(pictures)
+    if named and segmentation.referenced_instances:
+        raise CaseRefused("no_image")
+    if len(found := named or [s for s in own if frame and s.frame_of_reference == frame]) == 1:
+        return tuple(found)
+    others = any(series.uid in segmentation.referenced_series for series in images if series not in own)
+    raise CaseRefused("patient_mismatch" if others and not named else "no_image")

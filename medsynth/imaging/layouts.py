@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from medsynth.config import Ingest
 from medsynth.errors import InputError
+from medsynth.imaging.refusal import CaseRefused
 from medsynth.imaging.tree import files_below
 
 Split = Literal["train", "test"]
@@ -147,14 +148,14 @@ def _dicom(root: Path, settings: Ingest) -> Iterator[Case]:
     labels: dict[Series, list[Path]] = {series: [] for series in findings.images}
     refused: dict[Series, str] = {}
     for segmentation in findings.segmentations:
-        images = images_of(segmentation, findings.images)
-        if not images:
-            yield Case("dicom", segmentation.patient, segmentation.files, refused="no_image")
+        try:
+            images = images_of(segmentation, findings.images)
+        except CaseRefused as refusal:
+            yield Case("dicom", segmentation.patient, segmentation.files, refused=refusal.reason)
+            continue
         for image in images:
             labels[image] += segmentation.files
-            if image.patient and segmentation.patient != image.patient:
-                refused[image] = "patient_mismatch"
-            elif segmentation.suspect:
+            if segmentation.suspect:
                 refused.setdefault(image, "truncated_dicom")
     for series in findings.images:
         if series.voxels > settings.max_voxels:

@@ -19,15 +19,10 @@ from monai.transforms.io.array import LoadImage
 from PIL import Image, ImageOps
 
 from medsynth.config import Grid, Ingest
-from medsynth.imaging.dicom import (
-    HighdicomReader,
-    is_deep,
-    label_value,
-    read_picture_segmentation,
-    read_segmentation,
-)
+from medsynth.imaging.dicom import HighdicomReader, is_deep
+from medsynth.imaging.dicom_labels import label_value, read_picture_segmentation, read_segmentation
 from medsynth.imaging.layouts import Case
-from medsynth.imaging.refusal import CaseRefused
+from medsynth.imaging.refusal import CaseRefused, refusing
 
 AFFINE_TOLERANCE_MM = 0.1
 """Image and mask were often written by different programs, which round their affines differently."""
@@ -163,25 +158,18 @@ def _loader() -> LoadImage:
 
 def _read(path: Any, reader: ImageReader) -> tuple[torch.Tensor, np.ndarray]:
     """Load by MONAI; whatever a damaged file makes a reader raise becomes one reason."""
-    try:
+    with refusing("unreadable_file"):
         loaded: Any = _loader()(path, reader=reader)  # given at run time, its own exceptions come through
-    except (CaseRefused, MemoryError):
-        raise
-    except Exception as error:
-        raise CaseRefused("unreadable_file") from error
     return loaded.as_tensor().float(), np.asarray(loaded.affine, dtype=np.float64)
 
 
 def _refuse_too_large(announced: Callable[[], int], max_voxels: int) -> None:
     """Refuse a file by its header, before its voxels are unfolded."""
-    try:
-        voxels = announced()
-    except CaseRefused:
-        raise
-    except Image.DecompressionBombError:
-        raise CaseRefused("too_large") from None
-    except Exception as error:  # as in _read
-        raise CaseRefused("unreadable_file") from error
+    with refusing("unreadable_file"):
+        try:
+            voxels = announced()
+        except Image.DecompressionBombError:
+            raise CaseRefused("too_large") from None
     if voxels > max_voxels:
         raise CaseRefused("too_large")
 

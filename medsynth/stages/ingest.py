@@ -130,7 +130,7 @@ def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, nam
     references: set[str] = set()
     refused: list[tuple[Case, CaseRefused]] = []
     owner_of: dict[str, str] = {}
-    trained = {case.person for case in cases if case.split == "train" and case.refused != "no_image"}
+    trained = {case.person for case in cases if case.split == "train" and case.refused != "no_image"} - {""}
     for case in logs.progress(cases, "ingest", total=len(cases)):
         try:
             if case.split == "test" and case.person in trained:

@@ -1041,9 +1041,9 @@ def series_of_any_size_are_unfolded(original: Any) -> Any:
 
 
 @takes_out(
-    "imaging.dicom._segments",
+    "imaging.dicom_labels._segments",
     (),
     "stages/test_ingest.py::test_a_segmentation_of_frames_that_lie_far_apart_is_too_large",
 )
 def segmentations_of_any_size_are_unfolded(original: Any) -> Any:
-    return lambda dataset, grid, max_voxels: original(dataset, grid, sys.maxsize)
+    return lambda dataset, shape, affine, grid, max_voxels: original(dataset, shape, affine, grid, sys.maxsize)

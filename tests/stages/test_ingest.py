@@ -13,17 +13,18 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from ingesting import ingested, rows
+from ingesting import AFFINE, LABELS, SHAPE, SIZE, ingested, picture, put_dicom, rows, study
 from PIL import Image
 from pydicom.uid import generate_uid
 
-from medsynth import config, store
+from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import InputError, StoreError
 from medsynth.imaging import dicom, loading, transforms
 from medsynth.imaging.cohort import Pair, load_pairs, load_patients, read_pairs, write_pair
 from medsynth.imaging.deidentify import explain, read_references
-from medsynth.imaging.dicom import HighdicomReader, read_segmentation
+from medsynth.imaging.dicom import HighdicomReader
+from medsynth.imaging.dicom_labels import label_value, read_segmentation
 from medsynth.imaging.dicom_segmentation import write_segmentation
 from medsynth.imaging.dicom_series import find_series
 from medsynth.imaging.dicom_writer import SeriesMeta, write_series
@@ -34,43 +35,6 @@ from medsynth.stages import ingest
 from medsynth.tracking import Tracker
 
 POLYP = {0: "background", 1: "polyp"}
-LABELS = {0: "background", 1: "organ", 2: "lesion"}
-SHAPE = (10, 12, 8)
-SIZE = 10 * 12 * 8
-AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, -7], [0, 0, 2, 11], [0, 0, 0, 1]])
-
-
-def study(ingest_settings: dict[str, Any] | None = None, **grid: Any) -> Study:
-    full = {"spatial_dims": 3, "shape": [12, 12, 12], "spacing_mm": [2, 2, 2], "labels": LABELS, **grid}
-    dims = full["spatial_dims"]
-    return config.parse(
-        {
-            "name": "ingest",
-            "grid": full,
-            "privacy": {"declared_patients": 16},
-            "ingest": {"test_fraction": 0.5, **(ingest_settings or {})},
-            "encode": {"levels": 1},
-            "masks": {"coefficients": [4] * dims},
-            "train": {"appearance": {"coefficients": [2] * dims}},
-        }
-    )
-
-
-def picture(seed: int, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
-    image = np.random.default_rng(seed).integers(0, 900, shape).astype(np.int16)
-    label = np.zeros(shape, np.uint8)
-    label[2:6, 3:7, 2:5] = 1
-    label[2:4, 3:7, 5] = 2
-    return image, label
-
-
-def put_dicom(root: Path, person: str, seed: int, labelled: bool = True) -> Path:
-    image, label = picture(seed)
-    meta = SeriesMeta(modality="MR", patient_id=person, patient_name="Zyxwvut^Planted", synthetic=False)
-    series = write_series(root / person / "image", image, AFFINE, meta)
-    if labelled:
-        write_segmentation(root / person / "seg" / "seg.dcm", label, series, LABELS)
-    return root / person / "image"
 
 
 def put_msd(root: Path, cases: dict[str, tuple[np.ndarray, np.ndarray]], names: Any = LABELS) -> None:
@@ -171,7 +135,14 @@ def test_broken_dicom_is_quarantined_with_its_reason_and_can_be_found_again(tmp_
         del dataset.ImagePositionPatient
         dataset.save_as(path)
     reasons = ingested(study(), source, tmp_path / "out")
-    assert set(reasons) == {"truncated_dicom", "missing_slice", "no_label", "no_patient_id", "no_geometry"}
+    assert set(reasons) == {
+        "truncated_dicom",
+        "missing_slice",
+        "no_label",
+        "no_patient_id",
+        "no_geometry",
+        "patient_mismatch",
+    }
     assert reasons.count("truncated_dicom") == 3  # the cut series, the broken file, and the series beside it
     found = explain(tmp_path / "out", source)
     assert {row["ref"] for row in rows(tmp_path / "out" / "quarantine.csv")} == set(found)
@@ -362,10 +333,10 @@ def test_masks_of_nothing_countable_are_quarantined(tmp_path: Path) -> None:
 
 def test_names_that_the_grid_does_not_know_are_not_read_as_numbers(tmp_path: Path) -> None:
     """Another hospital's first structure is not ours, and two of theirs may have the number of one of ours."""
-    assert [dicom.label_value(name, 2, study().grid) for name in ("", " ", "ORGAN ")] == [2, 2, 1]
+    assert [label_value(name, 2, study().grid) for name in ("", " ", "ORGAN ")] == [2, 2, 1]
     for number in (1, 2, 3):
         with pytest.raises(CaseRefused, match="use the names that the input declares"):
-            dicom.label_value("tail", number, study().grid)
+            label_value("tail", number, study().grid)
     put_msd(tmp_path / "in", good(3), {0: "background", 1: "organ", 2: "tail"})
     with pytest.raises(InputError, match="3 x unknown_label"):
         ingested(study(), tmp_path / "in", tmp_path / "out")
@@ -428,7 +399,7 @@ def test_what_is_too_large_is_refused_by_its_header_alone(tmp_path: Path, monkey
     cases = [case for name in ("volumes", "pictures") for case in discover(tmp_path / name, settings.ingest)]
     assert [case.source for case in cases] == ["dicom", "nifti", "raster"]
     monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("a file that is too large was read"))
-    monkeypatch.setattr(dicom, "_read_datasets", lambda *_: pytest.fail("a series that is too large was read"))
+    monkeypatch.setattr(dicom, "read_datasets", lambda *_: pytest.fail("a series that is too large was read"))
     for case in cases:
         with pytest.raises(CaseRefused) as refused:
             load_case(case, settings.grid, settings.ingest)
