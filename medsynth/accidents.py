@@ -40,7 +40,7 @@ def protect_process() -> None:
 
 
 class Stopped(SystemExit):
-    """The machine asks the process to end: a time limit, an eviction, a shutdown. Its code is 128 and the signal."""
+    """Somebody asks the process to end: a time limit, a shutdown, Ctrl-C. Its code is 128 and the signal."""
 
 
 def end_at_once(ended: SystemExit) -> NoReturn:
@@ -56,7 +56,7 @@ def end_at_once(ended: SystemExit) -> NoReturn:
 
 
 def stop_when_asked() -> None:
-    """Raise :class:`Stopped` wherever the process is when SIGTERM arrives.
+    """Raise :class:`Stopped` wherever the process is when SIGTERM or SIGINT (Ctrl-C) arrives.
 
     So what patients left in temporary folders is removed and MLflow hears of it. Without a handler the first process
     of a container does not hear the signal at all, and is killed when the patience of the cluster ends.
@@ -72,6 +72,8 @@ def stop_when_asked() -> None:
         raise Stopped(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, stop)
 
 
 @contextlib.contextmanager

@@ -62,10 +62,11 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
-    """Take back what the command line does with SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Take back what the command line does with signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

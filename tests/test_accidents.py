@@ -120,24 +120,34 @@ def test_a_protected_process_writes_for_its_owner_and_dumps_no_core(tmp_path: Pa
     assert "DOE" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_is_asked_to_end_clears_up_and_says_that_it_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals
 ) -> None:
-    """Exit code 143; blocks that remove what patients left are run, and a second signal does not stop them."""
+    """Exit code 143 or 130; blocks that remove what patients left are run, and a second signal does not stop them."""
     left = tmp_path / "patients"
 
     def work() -> None:
         left.write_text("voxels")
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             raise AssertionError("nobody heard it")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             left.unlink()
 
     monkeypatch.setattr(verbs, "app", work)
-    assert command(monkeypatch, "run") == 128 + signal.SIGTERM
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert command(monkeypatch, "run") == 128 + number
     assert not left.exists() and "goes on" in capsys.readouterr().err
+
+
+def test_ctrl_c_does_not_reach_a_job_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell starts it with the signal ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(verbs, "app", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["medsynth", "run"])
+    verbs.main()
 
 
 def test_processes_of_torchrun_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
