@@ -53,9 +53,7 @@ def read_datasets(files: Sequence[Path]) -> list[pydicom.Dataset]:
 
 
 def _volume(datasets: Sequence[pydicom.Dataset]) -> Volume:
-    multiframe = any(
-        "PerFrameFunctionalGroupsSequence" in ds or int(ds.get("NumberOfFrames") or 1) > 1 for ds in datasets
-    )
+    multiframe = any(_in_frames(ds) for ds in datasets)
     if multiframe and len(datasets) > 1:
         raise CaseRefused("multiple_frames")
     if not multiframe:
@@ -70,10 +68,17 @@ def _volume(datasets: Sequence[pydicom.Dataset]) -> Volume:
     with refusing("multiple_frames" if multiframe else "irregular_geometry"):
         volume = voxels()
         if not all(_shown(ds).all() for ds in datasets):
-            stored = voxels(apply_real_world_transform=False, apply_modality_transform=False).array
-            shown = np.all([_beside(stored, _padding(ds)) for ds in datasets], axis=0)
-            volume = volume.with_array(_unpadded(volume.array, shown))
+            as_is = ("apply_real_world_transform", "apply_modality_transform", "apply_presentation_lut")
+            stored = voxels(**dict.fromkeys(as_is, False)).array
+            for padding in {_padding(ds) for ds in datasets}:
+                volume = volume.with_array(_unpadded(volume.array, _beside(stored, padding)))
         return Volume(*to_ras(volume))
+
+
+def _in_frames(dataset: pydicom.Dataset) -> bool:
+    """Whether an instance holds frames, and their geometry, rather than one slice."""
+    geometry = dataset.get("PerFrameFunctionalGroupsSequence") and not dataset.get("ImagePositionPatient")
+    return bool(geometry) or int(dataset.get("NumberOfFrames") or 1) > 1
 
 
 def _picture(dataset: pydicom.Dataset) -> Volume:
@@ -104,14 +109,13 @@ def _shown(dataset: pydicom.Dataset) -> np.ndarray:
 
 def _padding(dataset: pydicom.Dataset) -> tuple[int, int] | None:
     """Return the lowest and the highest stored value that mark pixels which were never measured (C.7.5.1.1.2)."""
-    first = dataset.get("PixelPaddingValue")
+    first, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
     if first is None:
         return None
     span = 2 ** int(dataset.BitsAllocated)
     lowest = -span // 2 if dataset.PixelRepresentation == 1 else 0
     # Signed values are often written as if they were none, and the other way around.
-    ends = ((int(end) - lowest) % span + lowest for end in (first, dataset.get("PixelPaddingRangeLimit", first)))
-    low, high = sorted(ends)
+    low, high = sorted((int(first if end is None else end) - lowest) % span + lowest for end in (first, limit))
     return low, high
 
 

@@ -18,6 +18,7 @@ from medsynth.imaging.refusal import CaseRefused, refusing
 
 _PARALLEL = 1e-3  # of the cosine between two directions
 _THICKER = 1.5  # a slice that is thicker than so many of the image's slices was not drawn on them
+_AS_THICK = 0.1  # by which thickness and distance of slices differ that leave no room between them
 
 
 def label_value(name: str, number: int, grid: Grid) -> int:
@@ -185,14 +186,19 @@ def _regular(dataset: pydicom.Dataset, affine: np.ndarray) -> Any:
     as_written = hd.seg.Segmentation.from_dataset(dataset)
     if all("SpacingBetweenSlices" in part for part in measures) or len(dataset.PerFrameFunctionalGroupsSequence) == 1:
         return as_written
+    whole = as_written.get_volume_geometry(allow_missing_positions=False)
+    closest = whole or as_written.get_volume_geometry()
     spacing = _spacing_along(planes[0].ImageOrientationPatient, affine) if planes else None
-    if spacing and all(float(part.get("SliceThickness") or 0) < _THICKER * spacing for part in measures):
+    thickness = max(float(part.get("SliceThickness") or 0) for part in measures)
+    if spacing and closest and min(closest.spacing_between_slices, thickness) < _THICKER * spacing:
         for part in measures:
             part.SpacingBetweenSlices = spacing
         spaced = hd.seg.Segmentation.from_dataset(dataset)
         if spaced.get_volume_geometry() is not None:
             return spaced
-    if as_written.get_volume_geometry(allow_missing_positions=False) is None:
+    elif spacing and closest and not math.isclose(thickness, closest.spacing_between_slices, rel_tol=_AS_THICK):
+        whole = None  # slices that overlap, of which some were left out, or thick ones beside each other
+    if whole is None:
         raise CaseRefused("sparse_mask")
     return as_written
 

@@ -193,6 +193,7 @@ def read_instance(path: Path, **how: Any) -> pydicom.Dataset:
 
     Raises:
         InvalidDicomError: it is no DICOM, or names no series.
+        CaseRefused: its pixels are compressed, and it does not say how.
     """
     try:
         return pydicom.dcmread(path, **how)
@@ -200,6 +201,10 @@ def read_instance(path: Path, **how: Any) -> pydicom.Dataset:
         if not _owner(path).uid:
             raise
     dataset = pydicom.dcmread(path, force=True, **how)
+    if "TransferSyntaxUID" in dataset.file_meta:
+        return dataset
+    if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+        raise CaseRefused("no_decoder")
     implicit, little = dataset.original_encoding
     plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain
@@ -232,7 +237,8 @@ def _header(dataset: pydicom.Dataset) -> _Header | None:
 
 
 def _promises_pixels(sop_class: str) -> bool:
-    return sop_class in SEGMENTATION_CLASSES or "Image Storage" in UID(sop_class).name
+    name = UID(sop_class).name  # "Enhanced US Volume Storage" is the only image whose class is not called one
+    return sop_class in SEGMENTATION_CLASSES or "Image Storage" in name or name.endswith("Volume Storage")
 
 
 def _is_unknown(sop_class: str) -> bool:
@@ -246,7 +252,9 @@ def _owner(path: Path) -> _Owner:
 
     def past_series(tag: BaseTag, vr: str | None, length: int) -> bool:
         nonlocal last
-        last = max(last, int(tag))
+        if int(tag) <= last:  # no header: a file of zeros would be one of endless elements
+            return True
+        last = int(tag)
         return last > _SERIES_INSTANCE_UID
 
     try:

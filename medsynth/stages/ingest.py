@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from medsynth.imaging.loading import Loaded
 
 _SEED_SPAN = 1 << 63
+_OF_NO_IMAGE = ("no_image", "patient_mismatch")  # of masks whose image is elsewhere
 QUARANTINE_COLUMNS = ("ref", "ordinal", "kind", "reason", "message")
 
 
@@ -130,7 +131,7 @@ def _read_all(config: Study, cases: Sequence[Case], source: Path, out: Path, nam
     references: set[str] = set()
     refused: list[tuple[Case, CaseRefused]] = []
     owner_of: dict[str, str] = {}
-    trained = {case.person for case in cases if case.split == "train" and case.refused != "no_image"} - {""}
+    trained = {case.person for case in cases if case.split == "train" and case.refused not in _OF_NO_IMAGE} - {""}
     for case in logs.progress(cases, "ingest", total=len(cases)):
         try:
             if case.split == "test" and case.person in trained:

@@ -15,7 +15,7 @@ from highdicom.seg import Segmentation as Written
 from ingesting import AFFINE, LABELS, SHAPE, ingested, picture, put_dicom, rows, study
 from pydicom.encaps import encapsulate
 from pydicom.sr.codedict import codes
-from pydicom.uid import JPEGLosslessSV1, generate_uid
+from pydicom.uid import JPEGLosslessSV1, RLELossless, generate_uid
 
 from medsynth.imaging import dicom, dicom_labels
 from medsynth.imaging.deidentify import explain
@@ -98,6 +98,27 @@ def test_a_segmentation_on_thicker_slices_than_the_image_s_is_read_as_it_is(tmp_
     assert sorted({int(z) for z in np.argwhere(read("seg.dcm"))[:, 2]}) == [4, 5, 6, 7]
     with pytest.raises(CaseRefused, match="Spacing Between Slices"):
         read("gap.dcm")
+
+
+@pytest.mark.parametrize("slices", [[1, 2, 5], [2]])
+def test_slices_that_overlap_are_no_thick_ones(tmp_path: Path, slices: list[int]) -> None:
+    label = mask_on(slices)
+    label[2:4, 8:10, slices[0]] = 2
+    write_segmentation(tmp_path / "seg.dcm", label, put(tmp_path / "image", "A", picture(0)[0]), LABELS)
+    forget_spacing(tmp_path / "seg.dcm", thickness=5.0)
+
+    loaded = only(tmp_path)
+
+    assert loaded.affine is not None
+    assert in_world(loaded.label.numpy(), loaded.affine) == in_world(label, AFFINE)
+
+
+def test_slices_that_overlap_and_leave_out_every_other_are_refused(tmp_path: Path) -> None:
+    write_segmentation(tmp_path / "seg.dcm", mask_on([1, 3, 5]), put(tmp_path / "image", "A", picture(0)[0]), LABELS)
+    forget_spacing(tmp_path / "seg.dcm", thickness=5.0)
+
+    with pytest.raises(CaseRefused, match="Spacing Between Slices"):
+        only(tmp_path)
 
 
 def test_probabilities_mark_from_a_half_on(tmp_path: Path) -> None:
@@ -210,6 +231,54 @@ def test_padding_around_a_round_field_sets_no_contrast(tmp_path: Path, written: 
     assert np.array_equal(*grids)
 
 
+def padded(path: Path) -> pydicom.Dataset:
+    """Put one pixel of padding into a slice."""
+    dataset = pydicom.dcmread(path)
+    values = np.frombuffer(dataset.PixelData, "<i2").copy()
+    values[0] = 5000
+    dataset.PixelData = values.tobytes()
+    dataset.add_new("PixelPaddingValue", "SS", 5000)
+    dataset.save_as(path)
+    return dataset
+
+
+def test_padding_of_many_slices_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of the volume a slice of it would take more memory than any machine has."""
+    for path in put_dicom(tmp_path, "A", 0).iterdir():
+        padded(path)
+    volumes, looked = [], dicom._beside
+
+    def beside(stored: np.ndarray, padding: Any) -> np.ndarray:
+        volumes.append(stored.ndim == 3)
+        return looked(stored, padding)
+
+    monkeypatch.setattr(dicom, "_beside", beside)
+    assert float(only(tmp_path).image.max()) < 5000
+    assert sum(volumes) == 1
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_padding_is_found_however_it_is_said(tmp_path: Path, inverted: bool) -> None:
+    """With an empty limit of its range; in values that are shown inverted."""
+    for path in put_dicom(tmp_path, "A", 0).iterdir():
+        dataset = padded(path)
+        dataset.add_new("PixelPaddingRangeLimit", "SS", None)
+        dataset.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+        dataset.save_as(path)
+
+    image = only(tmp_path).image
+
+    assert float(image.max() - image.min()) < 1000
+
+
+def test_a_slice_with_frame_groups_and_a_position_is_a_slice(tmp_path: Path) -> None:
+    for path in put_dicom(tmp_path, "A", 0).iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.PerFrameFunctionalGroupsSequence = [pydicom.Dataset()]
+        dataset.save_as(path)
+    assert only(tmp_path).image.shape == (1, *SHAPE)
+
+
 def in_frames(folder: Path, sop_class: str, frames: int) -> None:
     """Write the first slices of a volume as one object with its geometry in functional groups (PS3.3 C.7.6.16)."""
     slices = put(folder.parent / "slices", "A", picture(0)[0])[:frames]
@@ -239,7 +308,7 @@ def in_frames(folder: Path, sop_class: str, frames: int) -> None:
     dataset.save_as(folder / "frames.dcm", enforce_file_format=True)
 
 
-@pytest.mark.parametrize("sop_class", ["4.1", "2.1", "7.3"])  # Enhanced MR and CT, Secondary Capture with positions
+@pytest.mark.parametrize("sop_class", ["4.1", "2.1", "6.2", "7.3"])  # Enhanced MR, CT, US; Secondary Capture
 @pytest.mark.parametrize("frames", [8, 1])
 def test_geometry_in_functional_groups_is_seen(tmp_path: Path, sop_class: str, frames: int) -> None:
     in_frames(tmp_path / "in", STORAGE + sop_class, frames)
@@ -258,14 +327,31 @@ def test_a_volume_that_came_twice_counts_once(tmp_path: Path) -> None:
     assert len(only(tmp_path / "in").image[0, 0, 0]) == SHAPE[2]
 
 
-def test_a_slice_without_preamble_is_not_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_slice_without_preamble_is_not_lost(tmp_path: Path, packed: bool) -> None:
     last = sorted(put_dicom(tmp_path / "in", "A", 0).iterdir())[-1]
+    if packed:
+        dataset = pydicom.dcmread(last)
+        dataset.compress(RLELossless, generate_instance_uid=False)
+        dataset.save_as(last)
     plain = only(tmp_path / "in")
     last.with_suffix("").write_bytes(last.read_bytes()[132:])
     last.unlink()
     (tmp_path / "in" / "readme").write_text("no DICOM")
 
     assert only(tmp_path / "in").content == plain.content
+
+
+def test_packed_pixels_without_a_word_how_are_refused(tmp_path: Path) -> None:
+    path = sorted(put_dicom(tmp_path / "in", "A", 0).iterdir())[-1]
+    dataset = pydicom.dcmread(path)
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.save_as(path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[raw.index(b"\x08\x00\x05\x00") :])  # as group 8 begins
+
+    with pytest.raises(CaseRefused, match="no installed decoder"):
+        only(tmp_path / "in")
 
 
 def test_pixels_that_nothing_can_unpack_have_a_reason_of_their_own(
@@ -329,3 +415,15 @@ def test_broken_files_of_both_folders_are_nobody_s_in_both(tmp_path: Path) -> No
         (tmp_path / "in" / folder / "garbage.dcm").write_bytes(b"garbage" * 100)
 
     assert ingested(study({"split": "folders"}), tmp_path / "in", tmp_path / "out") == ["truncated_dicom"] * 2
+
+
+def test_a_stray_segmentation_in_the_training_folder_takes_no_test_patient_away(tmp_path: Path) -> None:
+    for number, folder in enumerate(("train", "test")):
+        for index in range(3):
+            put_dicom(tmp_path / "in" / folder, f"{folder}{index}", 10 * number + index)
+    path = tmp_path / "in" / "train" / "train0" / "seg" / "seg.dcm"
+    dataset = pydicom.dcmread(path)
+    dataset.PatientID, dataset.SOPInstanceUID = "test0", generate_uid()
+    dataset.save_as(path.with_name("stray.dcm"))
+
+    assert ingested(study({"split": "folders"}), tmp_path / "in", tmp_path / "out") == ["patient_mismatch"]
