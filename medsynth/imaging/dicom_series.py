@@ -71,6 +71,7 @@ _HEADER_TAGS = [
     *_FRAME_GROUPS,
     *_EXTENT,
 ]
+_PREAMBLE, _MAGIC = 128, b"DICM"  # PS3.10 section 7.1
 _PATIENT_ID = 0x00100020
 _SERIES_INSTANCE_UID = 0x0020000E
 
@@ -252,13 +253,15 @@ def _owner(path: Path) -> _Owner:
 
     def past_series(tag: BaseTag, vr: str | None, length: int) -> bool:
         nonlocal last
-        if int(tag) <= last:  # no header: a file of zeros would be one of endless elements
-            return True
-        last = int(tag)
+        last = max(last, int(tag))
         return last > _SERIES_INSTANCE_UID
 
     try:
         with path.open("rb") as handle:
+            start = handle.read(_PREAMBLE + len(_MAGIC))
+            if start.startswith(bytes(4)) and not start.endswith(_MAGIC):
+                return _Owner()  # zeros are no header, and pydicom would read them to the end as empty elements
+            handle.seek(0)
             header = read_partial(handle, stop_when=past_series, force=True)
         # The last element may be cut short, and a part of an identifier can be somebody else's.
         patient = patient_of(header) if last > _PATIENT_ID else ""

@@ -17,7 +17,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sr.codedict import codes
 from pydicom.uid import JPEGLosslessSV1, RLELossless, generate_uid
 
-from medsynth.imaging import dicom, dicom_labels
+from medsynth.imaging import dicom, dicom_labels, dicom_series
 from medsynth.imaging.deidentify import explain
 from medsynth.imaging.dicom_segmentation import write_segmentation
 from medsynth.imaging.dicom_writer import SeriesMeta, write_series
@@ -427,3 +427,10 @@ def test_a_stray_segmentation_in_the_training_folder_takes_no_test_patient_away(
     dataset.save_as(path.with_name("stray.dcm"))
 
     assert ingested(study({"split": "folders"}), tmp_path / "in", tmp_path / "out") == ["patient_mismatch"]
+
+
+def test_a_file_of_zeros_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such are raw volumes; a reader of headers takes each eight of them for an element."""
+    (tmp_path / "raw").write_bytes(bytes(2**12))
+    monkeypatch.setattr(dicom_series, "read_partial", lambda *_, **__: pytest.fail("zeros were read as a header"))
+    assert not dicom_series.find_series(tmp_path).images
