@@ -70,8 +70,8 @@ def _volume(datasets: Sequence[pydicom.Dataset]) -> Volume:
         if not all(_shown(ds).all() for ds in datasets):
             as_is = ("apply_real_world_transform", "apply_modality_transform", "apply_presentation_lut")
             stored = voxels(**dict.fromkeys(as_is, False)).array
-            for padding in {_padding(ds) for ds in datasets}:
-                volume = volume.with_array(_unpadded(volume.array, _beside(stored, padding)))
+            beside = [_beside(stored, padding) for padding in {_padding(ds) for ds in datasets}]  # of one, as a rule
+            volume = volume.with_array(_unpadded(volume.array, np.logical_and.reduce(beside)))
         return Volume(*to_ras(volume))
 
 

@@ -189,15 +189,17 @@ def _regular(dataset: pydicom.Dataset, affine: np.ndarray) -> Any:
     whole = as_written.get_volume_geometry(allow_missing_positions=False)
     closest = whole or as_written.get_volume_geometry()
     spacing = _spacing_along(planes[0].ImageOrientationPatient, affine) if planes else None
-    thickness = max(float(part.get("SliceThickness") or 0) for part in measures)
-    if spacing and closest and min(closest.spacing_between_slices, thickness) < _THICKER * spacing:
-        for part in measures:
-            part.SpacingBetweenSlices = spacing
-        spaced = hd.seg.Segmentation.from_dataset(dataset)
-        if spaced.get_volume_geometry() is not None:
-            return spaced
-    elif spacing and closest and not math.isclose(thickness, closest.spacing_between_slices, rel_tol=_AS_THICK):
-        whole = None  # slices that overlap, of which some were left out, or thick ones beside each other
+    if spacing and closest:
+        distance = closest.spacing_between_slices
+        thickness = max(float(part.get("SliceThickness") or 0) for part in measures)
+        if min(distance, thickness) < _THICKER * spacing:  # drawn on the image's slices
+            for part in measures:
+                part.SpacingBetweenSlices = spacing
+            spaced = hd.seg.Segmentation.from_dataset(dataset)
+            if spaced.get_volume_geometry() is not None:
+                return spaced
+        elif not math.isclose(thickness, distance, rel_tol=_AS_THICK):
+            raise CaseRefused("sparse_mask")  # thick slices of its own, or some of many that overlap
     if whole is None:
         raise CaseRefused("sparse_mask")
     return as_written

@@ -231,13 +231,13 @@ def test_padding_around_a_round_field_sets_no_contrast(tmp_path: Path, written: 
     assert np.array_equal(*grids)
 
 
-def padded(path: Path) -> pydicom.Dataset:
+def padded(path: Path, value: int = 5000) -> pydicom.Dataset:
     """Put one pixel of padding into a slice."""
     dataset = pydicom.dcmread(path)
     values = np.frombuffer(dataset.PixelData, "<i2").copy()
-    values[0] = 5000
+    values[0] = value
     dataset.PixelData = values.tobytes()
-    dataset.add_new("PixelPaddingValue", "SS", 5000)
+    dataset.add_new("PixelPaddingValue", "SS", value)
     dataset.save_as(path)
     return dataset
 
@@ -255,6 +255,18 @@ def test_padding_of_many_slices_is_looked_for_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(dicom, "_beside", beside)
     assert float(only(tmp_path).image.max()) < 5000
     assert sum(volumes) == 1
+
+
+def test_slices_that_are_padded_differently_are_all_padded(tmp_path: Path) -> None:
+    paths = sorted(put_dicom(tmp_path, "A", 0).iterdir())
+    for path in paths[:3]:
+        padded(path, -6000)
+    for path in paths[3:]:
+        padded(path, -5000)
+
+    image = only(tmp_path).image
+
+    assert 0 <= float(image.min()) < float(image.max()) < 1000
 
 
 @pytest.mark.parametrize("inverted", [False, True])
