@@ -19,11 +19,13 @@ from medsynth.sections import (
     Export,
     Grid,
     Ingest,
+    Labelling,
     Masks,
     Phantoms,
     Privacy,
     Section,
     Segment,
+    SegmenterRecipe,
     Shares,
     Synthesise,
     Tracking,
@@ -39,10 +41,12 @@ __all__ = [
     "Export",
     "Grid",
     "Ingest",
+    "Labelling",
     "Masks",
     "Phantoms",
     "Privacy",
     "Segment",
+    "SegmenterRecipe",
     "Shares",
     "Study",
     "Synthesise",
@@ -136,6 +140,27 @@ class Study(Section):
             raise ValueError("train.appearance.mixed_patients needs train.appearance.enabled")
         if self.train.appearance.factors:
             raise ValueError("train.appearance.mixed_patients is for distributions: train.appearance.factors must be 0")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_may_be_labelled_anew(self) -> Self:
+        if not self.train.labelling.networks:
+            return self
+        if self.privacy.private:
+            raise ValueError(
+                "train.labelling.networks bounds no patient's share: use it with privacy.epsilon inf alone"
+            )
+        if self.synthesise.volume_scale or self.synthesise.volume_median:
+            raise ValueError(
+                "synthesise.volume_scale and volume_median ask for label maps, and train.labelling.networks draws them "
+                "anew from images: use one of both"
+            )
+        factor = 2 ** (len(self.train.labelling.channels) - 1)
+        if any(size % factor for size in self.grid.shape):
+            raise ValueError(
+                f"train.labelling.channels has {len(self.train.labelling.channels)} levels: grid.shape must divide by "
+                f"{factor}"
+            )
         return self
 
     @model_validator(mode="after")

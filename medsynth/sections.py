@@ -274,6 +274,30 @@ class Appearance(Section):
         return self.coefficients
 
 
+class SegmenterRecipe(Section):
+    """A segmentation network and how it is trained."""
+
+    channels: tuple[Count, ...] = (16, 32, 64, 128)
+    steps: Count = 600
+    batch_size: Count = 4
+    learning_rate: Positive = 2e-3
+    augment: bool = True
+    largest_component: bool = Field(
+        False,
+        description="predictions keep their largest connected part alone: for a foreground that is one organ or lesion",
+    )
+
+
+class Labelling(SegmenterRecipe):
+    """Networks, trained on patients, that say what generated images show."""
+
+    networks: Annotated[int, Field(ge=0, le=20)] = Field(
+        0,
+        description="without privacy alone: so many networks outline each image anew, and what they say together takes "
+        "the place of the label map that it was drawn for; 0: pairs keep their label maps",
+    )
+
+
 MOST_STEPS = 1_000_000
 """Of a private training; far more are never worth their noise, and to account them would fill the memory."""
 
@@ -310,6 +334,7 @@ class Train(Section):
     max_records: Count = Field(1, description="at most so many slices or scans a patient and step")
     backend: Literal["bookkeeping", "unit", "opacus"] = "bookkeeping"
     appearance: Appearance = Appearance()
+    labelling: Labelling = Labelling()
 
 
 class Synthesise(Section):
@@ -338,23 +363,14 @@ class Synthesise(Section):
         return self
 
 
-class Segment(Section):
+class Segment(SegmenterRecipe):
     """The downstream segmentation model; one recipe for real, synthetic and mixed training."""
 
     regimes: tuple[Literal["real_only", "synthetic_only", "mixed", "reconstructed"], ...] = Field(
         ("real_only", "synthetic_only", "mixed"),
         description="reconstructed: patients passed through the codec, the most that pairs in its latents can teach",
     )
-    channels: tuple[Count, ...] = (16, 32, 64, 128)
-    steps: Count = 600
-    batch_size: Count = 4
-    learning_rate: Positive = 2e-3
     seeds: Annotated[tuple[int, ...], AfterValidator(_each_once)] = (0,)
-    augment: bool = True
-    largest_component: bool = Field(
-        False,
-        description="predictions keep their largest connected part alone: for a foreground that is one organ or lesion",
-    )
 
 
 class Evaluate(Section):

@@ -120,6 +120,25 @@ def test_mixed_patients_are_not_for_factors(tiny_settings: dict[str, Any]) -> No
         config.parse(with_value(raw, "train.appearance.factors", 4))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("privacy.epsilon", 8.0, r"train\.labelling\.networks bounds no patient's share"),
+        ("synthesise.volume_scale", {"organ": 2.0}, r"use one of both"),
+        ("synthesise.volume_median", {"organ": 9.0}, r"use one of both"),
+        ("train.labelling.channels", [4, 4, 4, 4, 4, 4], r"grid\.shape must divide by 32"),
+    ],
+)
+def test_networks_label_pairs_without_privacy_and_not_where_volumes_are_asked_for(
+    path: str, value: Any, words: str, tiny_settings: dict[str, Any]
+) -> None:
+    raw = {**with_value(tiny_settings, "privacy.epsilon", math.inf), "name": "tiny-nonprivate"}
+    raw = with_value(raw, "train.labelling", {"networks": 2, "channels": [4, 8]})
+    assert config.parse(raw).train.labelling.networks == 2
+    with pytest.raises(ConfigError, match=words):
+        config.parse(with_value(raw, path, value))
+
+
 def test_delta_is_free_without_privacy(tiny_settings: dict[str, Any]) -> None:
     raw = with_value(with_value(tiny_settings, "privacy.epsilon", math.inf), "privacy.delta", 0.5)
     assert config.parse({**raw, "name": "tiny-nonprivate"}).privacy.delta == 0.5

@@ -24,6 +24,7 @@ from medsynth.models.adapters import add_adapters
 from medsynth.models.autoencoder import Codec, load_codec
 from medsynth.models.denoiser import Denoiser, Preconditioning
 from medsynth.models.drafting import Drafting, open_drafting
+from medsynth.models.labelling import Labeller, load_labeller
 
 WEIGHTS = "denoiser.safetensors"
 SETTINGS = "generator.json"
@@ -44,13 +45,23 @@ class Dresser:
 
 @dataclass(frozen=True)
 class Generator:
-    """Everything that renders a pair: ``denoiser``, the ``codec``, how masks reach it and (or None) who drafts."""
+    """Everything that renders a pair.
+
+    Attributes:
+        denoiser: predicts the noise of latents.
+        codec: to latents and back.
+        masks: how label maps reach the denoiser.
+        settings: of its training.
+        dresser: who drafts; None where no appearance was released.
+        labeller: who outlines what images show; None where pairs keep the label maps that they were drawn for.
+    """
 
     denoiser: Denoiser
     codec: Codec
     masks: MaskEncoder
     settings: Train
     dresser: Dresser | None = None
+    labeller: Labeller | None = None
 
     def render(
         self, labels: Int[Tensor, "batch *spatial"], seeds: Sequence[int], how: Synthesise
@@ -80,6 +91,17 @@ class Generator:
         )
         return self.codec.decode(latents)
 
+    def outline(
+        self, images: Float[Tensor, "batch channel *spatial"], labels: Int[Tensor, "batch *spatial"]
+    ) -> Int[Tensor, "batch *spatial"]:
+        """Return the label maps that go with rendered images: those they were drawn for, or what a labeller sees.
+
+        Args:
+            images: from :meth:`render`.
+            labels: what they were drawn for.
+        """
+        return labels if self.labeller is None else self.labeller.outline(images).to(labels)
+
     def _drafts(self, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         if self.dresser is None:
             raise StoreError("the generator folder holds no appearance statistics: synthesise.start must be 1")
@@ -90,7 +112,8 @@ class Generator:
     def to(self, device: torch.device) -> Generator:
         """Return the same generator on ``device`` (the modules move in place)."""
         moved = self.denoiser.to(device), self.codec.to(device), self.masks.to(device)
-        return Generator(*moved, self.settings, self.dresser)
+        labeller = None if self.labeller is None else self.labeller.to(device)
+        return Generator(*moved, self.settings, self.dresser, labeller)
 
 
 def build_generator(grid: Grid, settings: Train, codec: Codec) -> Generator:
@@ -128,6 +151,7 @@ def load_generator(folder: Path, autoencoder: Path) -> Generator:
         add_adapters(generator.denoiser, train.lora_rank)
     generator.denoiser.load_state_dict(weights)
     generator.denoiser.eval().requires_grad_(False)
+    generator = replace(generator, labeller=load_labeller(folder, grid, train.labelling))
     if not (folder / APPEARANCE).is_file():
         return generator
     return replace(generator, dresser=load_dresser(folder, open_drafting(grid, train.appearance)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from medsynth.config import Study
 from medsynth.doctor import thresholds as limits
 from medsynth.doctor.evidence import INTERNAL, PUBLIC, Evidence
 from medsynth.doctor.finding import Change, Finding, above, below, beyond
@@ -225,6 +226,7 @@ def disobeyed_masks(evidence: Evidence) -> list[Finding]:
             threshold=limits.AGREEMENT,
             off=below(share, limits.AGREEMENT),
             changes=(
+                *_labelled_anew(study),
                 Change("train.pretrain_steps", "raise"),
                 *((Change("synthesise.start", "lower", "to begin from drafts"),) if drafts else ()),
                 *((Change("synthesise.guidance", "raise", "to 1.5 to 3"),) if guided else ()),
@@ -259,6 +261,13 @@ def alike(evidence: Evidence) -> list[Finding]:
             source=INTERNAL,
         )
     )
+
+
+def _labelled_anew(study: Study) -> tuple[Change, ...]:
+    labelling = study.train.labelling
+    if study.privacy.private or labelling.networks:
+        return ()
+    return (Change("train.labelling.networks", "set", "to 3: label maps become what networks see in the images"),)
 
 
 def _better_appearance(evidence: Evidence) -> tuple[Change, ...]:

@@ -11,7 +11,7 @@ from monai.transforms.post.array import KeepLargestConnectedComponent
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from medsynth.config import Grid, Segment
+from medsynth.config import Grid, SegmenterRecipe
 from medsynth.errors import ConfigError, StoreError
 from medsynth.files import replace_bytes
 
@@ -24,7 +24,7 @@ class Segmenter(UNet):
         segment: gives the width of each level, and ``largest_component``.
     """
 
-    def __init__(self, grid: Grid, segment: Segment) -> None:
+    def __init__(self, grid: Grid, segment: SegmenterRecipe) -> None:
         super().__init__(
             spatial_dims=grid.spatial_dims,
             in_channels=grid.channels,
@@ -45,7 +45,7 @@ class Segmenter(UNet):
         return torch.stack([torch.as_tensor(keep(record[None].clone()))[0].to(labels.dtype) for record in labels])
 
 
-def build_segmenter(grid: Grid, segment: Segment) -> Segmenter:
+def build_segmenter(grid: Grid, segment: SegmenterRecipe) -> Segmenter:
     """Build a residual U-Net of any rank (Kerfoot et al. 2018, "Left-ventricle quantification using residual U-Net").
 
     Args:
@@ -69,7 +69,7 @@ def save_segmenter(model: nn.Module, path: Path) -> None:
     replace_bytes(path, save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
 
 
-def load_segmenter(grid: Grid, segment: Segment, path: Path) -> Segmenter:
+def load_segmenter(grid: Grid, segment: SegmenterRecipe, path: Path) -> Segmenter:
     """Build the network and load its weights, ready to predict.
 
     Raises:

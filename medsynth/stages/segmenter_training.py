@@ -1,4 +1,4 @@
-"""The one recipe by which downstream segmentation networks are trained: stage ``segment`` and ``medsynth compare``."""
+"""The one recipe by which segmentation networks are trained: stages ``segment`` and ``train``, ``medsynth compare``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medsynth import logs
-from medsynth.config import Grid, Segment
+from medsynth.config import Grid, SegmenterRecipe
 from medsynth.errors import MedsynthError
 from medsynth.imaging.augmentation import strong_augmentation
 from medsynth.imaging.cohort import Patient
@@ -47,7 +47,7 @@ class Training:
 
     name: str
     grid: Grid
-    segment: Segment
+    segment: SegmenterRecipe
     stream: int
     pools: tuple[Path, ...]
     units: tuple[int, ...] | None = None

@@ -118,12 +118,13 @@ def render(
 
     from medsynth.imaging.cohort import Pair
 
-    labels = [source.draw(row.mask_seed) for row in rows]
+    drawn = [source.draw(row.mask_seed) for row in rows]
     # Kernels may round differently for another batch size: a short batch is filled up, so that a row alone and a row
     # among others give the same bits.
     filled = [*range(len(rows)), *[len(rows) - 1] * (how.batch_size - len(rows))]
-    stacked = torch.from_numpy(np.stack([labels[index] for index in filled])).to(device)
-    images = built.render(stacked, [rows[index].image_seed for index in filled], how).cpu().numpy()
+    stacked = torch.from_numpy(np.stack([drawn[index] for index in filled])).to(device)
+    rendered = built.render(stacked, [rows[index].image_seed for index in filled], how)
+    images, labels = rendered.cpu().numpy(), built.outline(rendered, stacked).cpu().numpy()
     pairs = []
     for row, label, image in zip(rows, labels, images, strict=False):
         window = release_window(label, grid)

@@ -1,7 +1,8 @@
 """Stage ``train``: the mask-conditioned denoiser, pre-trained on public phantoms, then moved by patients under DP-SGD.
 
 Order of events: appearance statistics (one or two noisy sums) dress the phantoms; the denoiser learns from them,
-which costs nothing more; then a few parameters take T noisy steps on patients. A killed run goes on within its
+which costs nothing more; then a few parameters take T noisy steps on patients. Without privacy networks may learn
+from patients to label pairs. A killed run goes on within its
 reservation: finished steps are kept, started ones are lost, fresh noise is drawn.
 """
 
@@ -38,7 +39,7 @@ from medsynth.models.autoencoder import load_codec
 from medsynth.models.drafting import Drafting, open_drafting
 from medsynth.models.fitting import Report
 from medsynth.randomness import generator
-from medsynth.stages import private_training
+from medsynth.stages import labellers, private_training
 from medsynth.stages.appearance_sums import plan_sums
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.masks import load_masks
@@ -52,7 +53,7 @@ _GRAM_MAPS = 48  # label maps that stand for the patients' in the least squares 
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
-    """Write ``generator/``: the denoiser (averaged weights) and the released appearance statistics.
+    """Write ``generator/``: the denoiser (averaged weights), the released appearance statistics, and labellers.
 
     Args:
         config: sections ``grid``, ``privacy``, ``masks``, ``encode``, ``train``.
@@ -75,12 +76,18 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         if config.train.steps:
             logs.say("training on patients", trainable_parameters=count, private=config.privacy.private)
             (private_training.train_privately if config.privacy.private else _train_openly)(job, built, state)
+        if config.train.labelling.networks:
+            _reserve_openly(job, state)
+            labellers.train_labellers(job)
         save_generator(built, config.grid, folder.path)
         entries = _close(job, state)
         return folder.finish(
             _sensitivity(job, entries),
             ledger_entries=entries,
-            details={"trainable_parameters": count if config.train.steps else 0},
+            details={
+                "trainable_parameters": count if config.train.steps else 0,
+                "labellers": config.train.labelling.networks,
+            },
             scratch=(_PRETRAINED, _UNFINISHED_PUBLIC, _UNFINISHED_OPEN, *private_training.SCRATCH, STATE),
         )
 
@@ -112,7 +119,8 @@ def _close(job: Job, state: Mapping[str, Any]) -> tuple[str, ...]:
     """Complete the training's reservation and return the ledger entries."""
     entry = state["entries"].get("training")
     if entry is not None:
-        outputs = {WEIGHTS: store.digest_file(job.folder / WEIGHTS)}
+        written = [job.folder / WEIGHTS, *labellers.files(job)]
+        outputs = {path.name: store.digest_file(path) for path in written}
         # A private run that was killed after this line finds the same weights again, and the reservation complete.
         if not any(e["id"] == entry and e["outputs"] == outputs for e in job.ledger.entries()):
             job.ledger.complete(entry, outputs)
@@ -209,15 +217,9 @@ def _reporter(job: Job, name: str) -> Report:
 
 
 def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
-    """Train on patients without privacy; the ledger says so, and nothing that follows can be certified."""
-    from medsynth.privacy.accounting import Event
-
+    """Train on patients without privacy."""
     settings = job.config.train
-    # A completed reservation takes no other weights, and on some devices the last digits differ: it is made anew.
-    done = {entry["id"] for entry in job.ledger.entries() if entry["status"] == "complete"}
-    if state["entries"].get("training") in {None, *done}:
-        state["entries"]["training"] = job.reserve([Event("nonprivate")])
-        job.save(state)
+    _reserve_openly(job, state)
     encoded = job.encoded_patients(built)
     latents = torch.cat([rows for _, rows, _ in encoded])
     masks = torch.cat([rows for _, _, rows in encoded])
@@ -226,3 +228,14 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     report, unfinished = _reporter(job, "loss"), job.folder / _UNFINISHED_OPEN
     steps, rate = settings.steps, settings.learning_rate
     fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)
+
+
+def _reserve_openly(job: Job, state: dict[str, Any]) -> None:
+    """Tell the ledger, once, that patients train without privacy: nothing that follows can be certified."""
+    from medsynth.privacy.accounting import Event
+
+    # A completed reservation takes no other weights, and on some devices the last digits differ: it is made anew.
+    done = {entry["id"] for entry in job.ledger.entries() if entry["status"] == "complete"}
+    if state["entries"].get("training") in {None, *done}:
+        state["entries"]["training"] = job.reserve([Event("nonprivate")])
+        job.save(state)

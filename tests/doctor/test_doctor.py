@@ -250,6 +250,22 @@ def test_copies_among_mixed_drafts_want_more_patients_mixed(healthy: Path) -> No
     assert str(finding.changes[0]) == "raise train.appearance.mixed_patients"
 
 
+def test_without_privacy_masks_that_are_not_obeyed_want_networks_that_label_pairs(healthy: Path) -> None:
+    def advised() -> str:
+        (finding,) = [finding for finding in examine(gather(healthy)) if finding.rule == "disobeyed-masks"]
+        return str(finding.changes[0])
+
+    reported("agreement", "mean", value=0.2)(healthy)
+    assert "labelling" not in advised()
+    study = study_of(healthy).model_dump(mode="json")
+    study["name"], study["privacy"]["epsilon"] = "tiny-nonprivate", "inf"
+    (healthy / STUDY).write_text(json.dumps(study))
+    assert advised().startswith("set train.labelling.networks to 3")
+    study["train"]["labelling"]["networks"] = 3
+    (healthy / STUDY).write_text(json.dumps(study))
+    assert "labelling" not in advised()
+
+
 def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(healthy: Path) -> None:
     def advised() -> set[str]:
         (finding,) = [finding for finding in examine(gather(healthy)) if finding.rule == "disobeyed-masks"]

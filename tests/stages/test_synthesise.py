@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import shutil
 from collections.abc import Callable
@@ -168,6 +169,38 @@ def test_internal_parents_make_internal_pairs(
     inputs = before_training(study, tmp_path)
     train.run(study, inputs, inputs["generator"], Tracker())
     assert synthesise.run(study, inputs, tmp_path / "synthetic", Tracker()).sensitivity == "internal"
+
+
+@pytest.fixture
+def labelled(study: Study, tiny_settings: dict[str, Any]) -> Study:
+    """The same without privacy, with two networks that label its pairs."""
+    labelling = {"networks": 2, "channels": [4, 8], "steps": 20, "batch_size": 2}
+    raw = study.model_dump() | {"name": "tiny-nonprivate", "privacy": {**tiny_settings["privacy"], "epsilon": "inf"}}
+    raw["train"]["labelling"] = labelling
+    return config.parse(raw)
+
+
+def test_pairs_get_the_label_maps_that_networks_see_in_their_images(
+    study: Study, labelled: Study, tmp_path: Path, before_training: Before
+) -> None:
+    inputs = before_training(labelled, tmp_path)
+    train.run(labelled, inputs, inputs["generator"], Tracker())
+    manifest = synthesise.run(labelled, inputs, tmp_path / "synthetic", Tracker())
+    assert manifest.sensitivity == "internal"
+    source, built = masks.load_masks(inputs["masks"]), load_generator(inputs["generator"], inputs["autoencoder"])
+    assert built.labeller is not None
+    rows, unlabelled = synthesise.plan(labelled), dataclasses.replace(built, labeller=None)
+    moved = 0
+    for number, pair in enumerate(read_pairs(tmp_path / "synthetic")):
+        (drawn,) = synthesise.render(
+            [rows[number]], unlabelled, source, study.grid, study.synthesise, torch.device("cpu")
+        )
+        seen = built.labeller.outline(torch.from_numpy(drawn.image)[None])[0].numpy()
+        alone = render_alone(labelled, inputs, number)
+        assert np.array_equal(alone.image, drawn.image), "the label map that was drawn conditions the image"
+        assert np.array_equal(alone.label, seen) and np.array_equal(pair.label, seen)
+        moved += int((drawn.label != seen).sum())
+    assert moved > 0
 
 
 def test_it_needs_what_comes_before(study: Study, tmp_path: Path) -> None:

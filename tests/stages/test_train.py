@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from medsynth import config, store
-from medsynth.config import Study
+from medsynth.config import Labelling, Study
 from medsynth.diffusion import fitting
 from medsynth.diffusion.generator import APPEARANCE, WEIGHTS, load_generator
 from medsynth.diffusion.objective import row_loss
 from medsynth.errors import BudgetError, ConfigError, PrivacyError, StoreError
+from medsynth.models.segmenter import Segmenter, save_segmenter
 from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
 from medsynth.privacy.ledger import Ledger
 from medsynth.privacy.mechanism import DpSgd
-from medsynth.stages import private_training, train
+from medsynth.stages import labellers, private_training, train
 from medsynth.stages.inputs import HISTORY
 from medsynth.stages.masks import load_masks
 from medsynth.stages.training_job import Job
@@ -473,6 +474,69 @@ def test_a_private_budget_does_not_pay_for_mixed_patients_even_where_the_configu
     monkeypatch.setattr(Job, "patients", lambda job: pytest.fail("a patient was read"))
     with pytest.raises(BudgetError):
         train.run(slipped, inputs, inputs["generator"], Tracker())
+
+
+LABELLING = {"networks": 2, "channels": [4, 8], "steps": 3, "batch_size": 2}
+
+
+def labelled(settings: dict[str, Any], **values: Any) -> Study:
+    return changed(without_privacy(settings), labelling=LABELLING, **values)
+
+
+@pytest.mark.parametrize("steps", [0, T])
+def test_networks_that_label_pairs_learn_without_privacy_and_the_ledger_says_so(
+    steps: int, tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    study = labelled(tiny_settings, steps=steps)
+    inputs = before_training(study, tmp_path)
+    manifest = train.run(study, inputs, inputs["generator"], Tracker())
+    networks = {f"labeller-{number}.safetensors" for number in (0, 1)}
+    assert manifest.sensitivity == "internal" and manifest.details["labellers"] == 2
+    assert networks < set(manifest.files) and len({manifest.files[name] for name in networks}) == 2, "two seeds"
+    (reserved,) = [entry for entry in Ledger(inputs["ledger"]).entries() if entry["mechanisms"] == ["nonprivate"]]
+    assert reserved["id"] in manifest.ledger_entries and reserved["status"] == "complete"
+    assert reserved["outputs"] == {name: manifest.files[name] for name in (WEIGHTS, *sorted(networks))}
+    labeller = load_generator(inputs["generator"], inputs["autoencoder"]).labeller
+    assert labeller is not None and len(labeller.networks) == 2
+
+
+def test_a_network_that_labels_pairs_is_not_trained_twice_and_a_kill_leaves_no_patient_behind(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = labelled(tiny_settings)
+    whole, killed = (before_training(study, tmp_path / name) for name in ("whole", "killed"))
+    files = train.run(study, whole, whole["generator"], Tracker()).files
+    trained: list[str] = []
+
+    def save(model: Segmenter, path: Path) -> None:
+        if len(trained) == 1:
+            (path.parent / ".pools-left").mkdir()
+            (path.parent / ".pools-left" / "patients.safetensors").write_bytes(b"a kill -9 leaves it")
+            trained.append("killed")
+            raise Killed
+        trained.append(path.stem)
+        save_segmenter(model, path)
+
+    monkeypatch.setattr(labellers, "save_segmenter", save)
+    with pytest.raises(Killed):
+        train.run(study, killed, killed["generator"], Tracker())
+    manifest = train.run(study, killed, killed["generator"], Tracker())
+    assert trained == ["labeller-0", "killed", "labeller-1"]
+    assert manifest.files == files and not list(killed["generator"].glob(".pools-*"))
+
+
+def test_a_private_budget_does_not_pay_for_networks_that_label_even_where_the_configuration_was_not_checked(
+    study: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(study, tmp_path)
+    quick = {"steps": 0, "pretrain_steps": 0, "labelling": Labelling.model_validate(LABELLING)}
+    slipped = study.model_copy(update={"train": study.train.model_copy(update=quick)})
+    monkeypatch.setattr(labellers, "write_patients", lambda *_: pytest.fail("patients were handed on"))
+    with pytest.raises(BudgetError):
+        train.run(slipped, inputs, inputs["generator"], Tracker())
+    job = Job(slipped, inputs, tmp_path, "", torch.device("cpu"), Tracker())
+    with pytest.raises(PrivacyError, match=r"train\.labelling\.networks"):
+        labellers.train_labellers(job)
 
 
 def test_a_generator_from_internal_masks_is_internal_even_if_no_patient_trains_it(
