@@ -266,7 +266,7 @@ def _headline(run: Path) -> dict[str, float]:
         return {}
     report = json.loads(path.read_text(encoding="utf-8"))
     values = {f"dice/{name}": found["mean"] for name, found in report["dice"].items()}
-    values |= {f"skill/{name}": found["skill"] for name, found in report["dice"].items() if name != "real_only"}
+    values |= {f"skill/{name}": found.get("skill") for name, found in report["dice"].items() if name != "real_only"}
     values |= {"floor": report["floor"]["mean"]}
     values |= {"epsilon": round_up(report["epsilon"])} if report["epsilon"] != "inf" else {}
     values |= {"agreement": report["agreement"]["mean"]} if report["agreement"] else {}

@@ -306,3 +306,6 @@ def test_studies_can_be_sorted_by_skill_and_agreement(tmp_path: Path) -> None:
         )
         assert found["epsilon"] == 7.993, "rounded up, as in the certificate"
         assert found.get("agreement") == (0.85 if agreement else None)
+    report["dice"] = {"synthetic_only": {"mean": 0.8}}  # as in a study whose regimes are without real_only
+    (tmp_path / "report" / "report.json").write_text(json.dumps({**report, "agreement": None}))
+    assert study._headline(tmp_path) == {"dice/synthetic_only": 0.8, "floor": 0.7, "epsilon": 7.993}

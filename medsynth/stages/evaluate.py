@@ -42,6 +42,7 @@ from medsynth.release.audits import ROC, read_findings
 from medsynth.stages.codec_quality import codec_quality
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.report_page import write_page
+from medsynth.stages.synthesise import LABELLERS
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -148,6 +149,7 @@ def _measure(config: Study, data: _Data, folders: Mapping[str, Path], ledger: Pa
         },
         "n_train_patients": len(data.train),
         "n_pairs": len(data.images),
+        "labellers": store.read_manifest(folders["synthetic"]).details.get(LABELLERS, 0),
         "dice": dice,
         "floor": floor,
         "relative_to_real": _relative(dice),

@@ -138,6 +138,12 @@ def _read_dice(report: Mapping[str, Any]) -> list[str]:
             else f"of what real images teach beyond that, the synthetic ones teach {block['skill']:.0%} (the skill)."
         )
         lines.append(f"One constant mean shape, without a look at any image, reaches {number(floor)}: {learnt}")
+    elif block and "real_only" not in dice:
+        lines.append(
+            f"A segmentation model trained on synthetic pairs alone reaches a Dice of {number(block['mean'])} on "
+            f"real patients that no stage has seen; one constant mean shape reaches {number(floor)}. How much of what "
+            "real training data teach that is, only the regime real_only tells (segment.regimes)."
+        )
     elif block:
         lines.append(
             f"One constant mean shape reaches {number(floor)} and real training data does not beat it: "
@@ -163,6 +169,11 @@ def _read_agreement(report: Mapping[str, Any]) -> list[str]:
     agreement = report["agreement"]
     if not agreement or agreement["mean"] is None:
         return []
+    if report.get("labellers"):
+        return [
+            "Label maps of the pairs are what networks trained on the same patients see in the images: the label "
+            f"agreement of {number(agreement['mean'])} says nothing of the generator."
+        ]
     real = report["dice"]["real_only"]["mean"]
     if report["dice"]["real_only"].get("skill") is None:
         # A model that looks at no image finds an ordinary label map in noise, too.

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from medsynth.imaging.cohort import Pair
 
 PLAN = "pairs.csv"
+LABELLERS = "labellers"
+"""Of the manifest's details: how many networks labelled the pairs anew."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
             for pair in render(batch, built, source, config.grid, config.synthesise, device):
                 write_pair(folder.path, pair, config.grid)
         tracker.metrics({"pairs": float(len(rows))})
-        return folder.finish(_sensitivity(parents), details={"pairs": len(rows), **_asked(source)})
+        labellers = 0 if built.labeller is None else len(built.labeller.networks)
+        details = {"pairs": len(rows), LABELLERS: labellers, **_asked(source)}
+        return folder.finish(_sensitivity(parents), details=details)
 
 
 def plan(config: Study) -> list[Row]:

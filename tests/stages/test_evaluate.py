@@ -101,7 +101,8 @@ def test_a_study_without_privacy_says_so(tmp_path: Path) -> None:
     evaluate.run(small, _inputs(small, tmp_path), tmp_path / "report", Tracker())
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["epsilon"] == "inf" and report["agreement"] is None and report["relative_to_real"] == {}
-    assert "not private" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "not private" in page and "only the regime real_only tells" in page and "does not beat it" not in page
 
 
 def test_a_cohort_without_test_patients_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -147,6 +148,13 @@ def test_a_model_too_weak_to_judge_pairs_says_nothing_of_their_images_either() -
     sound = _report({"mean": 0.75, "skill": 0.4}, {"mean": 0.86, "skill": 1.0}, agreement=0.84)
     text = " ".join(report_page.reading(sound))
     assert "images obey their label maps" in text and "Adding synthetic pairs" in text
+
+
+def test_networks_that_labelled_the_pairs_are_not_asked_whether_images_obey_their_label_maps() -> None:
+    sound = _report({"mean": 0.75, "skill": 0.4}, {"mean": 0.86, "skill": 1.0}, agreement=0.84)
+    text = " ".join(report_page.reading({**sound, "labellers": 3}))
+    assert "0.840 says nothing of the generator" in text and "obey" not in text
+    assert "images obey" in " ".join(report_page.reading({**sound, "labellers": 0}))
 
 
 def test_what_an_audit_shows_is_said_once_for_all_that_it_looked_at() -> None:

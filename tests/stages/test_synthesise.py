@@ -186,7 +186,7 @@ def test_pairs_get_the_label_maps_that_networks_see_in_their_images(
     inputs = before_training(labelled, tmp_path)
     train.run(labelled, inputs, inputs["generator"], Tracker())
     manifest = synthesise.run(labelled, inputs, tmp_path / "synthetic", Tracker())
-    assert manifest.sensitivity == "internal"
+    assert manifest.sensitivity == "internal" and manifest.details["labellers"] == 2
     source, built = masks.load_masks(inputs["masks"]), load_generator(inputs["generator"], inputs["autoencoder"])
     assert built.labeller is not None
     rows, unlabelled = synthesise.plan(labelled), dataclasses.replace(built, labeller=None)
