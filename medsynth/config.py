@@ -99,10 +99,12 @@ class Study(Section):
             raise ValueError(f"grid.shape must divide by 2^encode.levels = {factor}")
         if self.encode.codec == "kl" and len(self.encode.channels) != self.encode.levels + 1:
             raise ValueError("encode.channels needs encode.levels + 1 entries")
-        if self.train.appearance.enabled and not self.train.pretrain_steps and self.synthesise.start == 1:
+        if self.train.appearance.enabled and not self.train.pretrain_steps and not self.synthesise.drafted:
             raise ValueError("train.appearance.enabled pays for drafts that train.pretrain_steps 0 never uses")
-        if self.synthesise.start < 1 and not self.train.appearance.enabled:
-            raise ValueError("synthesise.start below 1 begins from drafts of train.appearance: enable it")
+        if self.synthesise.drafted and not self.train.appearance.enabled:
+            raise ValueError(
+                "synthesise.start below 1, or synthesise.drafts, needs drafts of train.appearance: enable it"
+            )
         if self.train.appearance.template_centre_mm is not None:
             if not self.grid.mr_volumes:
                 raise ValueError("train.appearance.template_centre_mm is for MR volumes of one channel with a spacing")
@@ -114,6 +116,8 @@ class Study(Section):
             )
         if self.train.appearance.texture == "lit_surface" and min(self.grid.shape) < 2:
             raise ValueError("train.appearance.texture lit_surface needs a grid.shape of at least 2 pixels an axis")
+        if self.privacy.private and self.train.mirrored:
+            raise ValueError("train.mirrored is for training without privacy, at privacy.epsilon inf alone")
         if not self.privacy.private and not self.name.endswith("-nonprivate"):
             raise ValueError("a study with privacy.epsilon inf must be named '*-nonprivate'")
         if self.privacy.private and self.masks.covariance == "full":

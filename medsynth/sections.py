@@ -323,11 +323,20 @@ class Train(Section):
     pretrain_batch_size: Count = 8
     pretrain_learning_rate: Positive = 1e-3
     pretrain_phantoms: Count = 400
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the network in pre-training, training without privacy and sampling; private steps are float32",
+    )
     trainable: Literal["all", "bias_norm", "lora"] = "all"
     lora_rank: Count = 4
     steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = Field(1500, description="on patients; at most 1,000,000")
     learning_rate: Positive = 1e-3
     batch_size: Count = Field(4, description="only for epsilon inf; a private run samples patients at `sampling_rate`")
+    mirrored: bool = Field(
+        False,
+        description="without privacy alone: the denoiser meets patients' images mirrored, and squares turned, at "
+        "random; for photographs, where left may be right",
+    )
     sampling_rate: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 0.25
     clip_norm: Positive | None = Field(None, description="None: the median over public phantoms")
     draws: Count = Field(4, description="noise draws a patient averaged before the clip")
@@ -346,6 +355,9 @@ class Synthesise(Section):
     start: Fraction = Field(
         1.0, description="1: from noise; less: from drafts of train.appearance, noised so far; 0: the drafts themselves"
     )
+    drafts: Fraction = Field(
+        0.0, description="share of the pairs that are drafts themselves; the others begin at `start`"
+    )
     guidance: Number = Field(1.0, ge=0, description="1: as conditioned; above: classifier-free guidance")
     batch_size: Count = 8
     volume_scale: dict[str, Positive] = Field(
@@ -354,6 +366,11 @@ class Synthesise(Section):
     volume_median: dict[str, Positive] = Field(
         {}, description="label name to its median volume over the pairs, mm^3 (mm^2 in 2D, pixels without spacing)"
     )
+
+    @property
+    def drafted(self) -> bool:
+        """Whether any pair is a draft of the appearance statistics, or begins from one."""
+        return self.start < 1 or self.drafts > 0
 
     @model_validator(mode="after")
     def _one_request_a_label(self) -> Self:

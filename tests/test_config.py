@@ -139,6 +139,22 @@ def test_networks_label_pairs_without_privacy_and_not_where_volumes_are_asked_fo
         config.parse(with_value(raw, path, value))
 
 
+def test_mirrored_patients_are_for_training_without_privacy(tiny_settings: dict[str, Any]) -> None:
+    raw = with_value(tiny_settings, "train.mirrored", True)
+    with pytest.raises(ConfigError, match=r"train\.mirrored is for training without privacy"):
+        config.parse(raw)
+    assert config.parse({**with_value(raw, "privacy.epsilon", math.inf), "name": "tiny-nonprivate"}).train.mirrored
+
+
+def test_drafts_among_the_pairs_need_an_appearance_and_are_a_use_of_it(tiny_settings: dict[str, Any]) -> None:
+    quick = with_value(tiny_settings, "train.pretrain_steps", 0)
+    with pytest.raises(ConfigError, match=r"train\.pretrain_steps 0 never uses"):
+        config.parse(quick)
+    assert config.parse(with_value(quick, "synthesise.drafts", 0.5)).synthesise.drafted
+    with pytest.raises(ConfigError, match=r"synthesise\.drafts, needs drafts of train\.appearance"):
+        config.parse(with_value(with_value(quick, "synthesise.drafts", 0.5), "train.appearance.enabled", False))
+
+
 def test_delta_is_free_without_privacy(tiny_settings: dict[str, Any]) -> None:
     raw = with_value(with_value(tiny_settings, "privacy.epsilon", math.inf), "privacy.delta", 0.5)
     assert config.parse({**raw, "name": "tiny-nonprivate"}).privacy.delta == 0.5

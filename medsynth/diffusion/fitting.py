@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from medsynth.config import Train
-from medsynth.diffusion.objective import noise_rows, row_loss
+from medsynth.diffusion.objective import in_precision, noise_rows, row_loss
 from medsynth.models import fitting
 from medsynth.models.denoiser import Denoiser
 from medsynth.models.fitting import Recipe, Report
@@ -46,7 +46,7 @@ def fit(
         what: what the progress bar calls it.
         steps: how many.
         learning_rate: the peak.
-        settings: noise schedule, mask dropout, EMA decay.
+        settings: noise schedule, mask dropout, EMA decay, precision.
         generator: randomness of batches, noise levels and noise.
         report: called after every step.
         keep: file in which an unfinished training is kept; see there.
@@ -54,7 +54,9 @@ def fit(
 
     def loss_of(stream: torch.Generator) -> Tensor:
         latents, masks = draw(stream)
-        return row_loss(model, noise_rows(latents, masks, model.preconditioning, settings.mask_dropout, stream)).mean()
+        rows = noise_rows(latents, masks, model.preconditioning, settings.mask_dropout, stream)
+        with in_precision(settings, latents.device):
+            return row_loss(model, rows).mean()
 
     recipe, average = Recipe(steps, learning_rate, _WARM_UP), open_ema(model, settings.ema_decay)
     fitting.fit(model, loss_of, what, recipe, generator, report, average=average, keep=keep)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,11 @@ def training_schedule(settings: Train) -> DDPMScheduler:
         prediction_type="v_prediction",
         clip_sample=False,
     )
+
+
+def in_precision(settings: Train, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which the network multiplies as ``train.precision`` says; losses are float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
 
 
 def noise_rows(

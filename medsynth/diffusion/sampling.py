@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medsynth.config import Train
+from medsynth.diffusion.objective import in_precision
 
 Scheduler = Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"]
 
@@ -62,7 +63,7 @@ def sample_latents(
         masks: encoded label maps.
         latent_channels: channels of a latent.
         seeds: one a row.
-        settings: the forward process that the denoiser was trained with.
+        settings: the forward process that the denoiser was trained with, and the precision.
         scheduler: which of diffusers' schedulers.
         steps: number of denoising steps.
         guidance: 1 follows the conditional model; above 1 is classifier-free guidance (Ho and Salimans 2022, eq. 6).
@@ -87,7 +88,8 @@ def sample_latents(
     # DDPM draws noise at every step: row by row, so that a row does not depend on its neighbours.
     extra = {"generator": streams} if scheduler == "ddpm" else {}
     for step in timesteps:
-        prediction = _predict(model, schedule.scale_model_input(latents, step), int(step), masks, guidance)
+        with in_precision(settings, masks.device):
+            prediction = _predict(model, schedule.scale_model_input(latents, step), int(step), masks, guidance)
         latents = schedule.step(prediction, step, latents, **extra).prev_sample
     return latents
 

@@ -1,4 +1,4 @@
-"""Strong augmentation of training pairs by MONAI transforms: what a site with few patients would try first."""
+"""Augmentation of training pairs: strong, by MONAI transforms, as a site with few patients would try first; mirrors."""
 
 from __future__ import annotations
 
@@ -53,6 +53,23 @@ def strong_augmentation(spatial_dims: int, seed: int) -> Augmentation:
         return 2 * torch.as_tensor(pair["image"]).as_subclass(torch.Tensor).float() - 1, moved
 
     return change
+
+
+def mirrored(image: Tensor, label: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return a pair as one of its mirror images, all as likely; squares are turned by quarters, too.
+
+    Args:
+        image: ``(channel, *spatial)``.
+        label: ``(*spatial)``.
+        random: the stream to draw from.
+    """
+    rank = label.ndim
+    coins = torch.randint(0, 2, (rank + 1,), generator=random).tolist()
+    axes = [axis - rank for axis in range(rank) if coins[axis]]
+    image, label = image.flip(axes), label.flip(axes)
+    if rank == 2 and label.shape[0] == label.shape[1] and coins[rank]:
+        image, label = image.transpose(-1, -2), label.transpose(-1, -2)
+    return image, label
 
 
 def _moves(dims: int) -> list[Any]:

@@ -23,7 +23,7 @@ class Preconditioning(nn.Module):
 
     Args:
         signal: (noise step,) a of each noise step.
-        spread: (latent channel,) public standard deviation of each channel.
+        spread: (latent channel,) standard deviation of each channel: public, or without privacy patients'.
         spatial_dims: 2 or 3.
     """
 

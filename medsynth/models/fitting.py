@@ -86,11 +86,12 @@ def fit(
         loss = loss_of(stream)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, recipe.gradient_bound)
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_bound)
+        if norm.isfinite():  # half precision overflows now and then: that batch teaches nothing
+            optimizer.step()
+            if average is not None:
+                average.step(parameters)
         rate.step()
-        if average is not None:
-            average.step(parameters)
         losses.append(float(loss.detach()))
         report(losses)
         if keep is not None and time.monotonic() - kept >= _KEEP_EVERY_S:

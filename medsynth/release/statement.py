@@ -157,7 +157,7 @@ def public_inputs(config: Study) -> list[str]:
     ]
     if config.train.pretrain_steps:
         inputs.append(f"pre-training of the denoiser on {config.train.pretrain_phantoms} {_pretraining(config)}")
-    if config.synthesise.start < 1:
+    if config.synthesise.drafted:
         inputs.append("drafts of images, drawn from the released appearance statistics (charged above)")
     if config.privacy.private and config.train.appearance.template_centre_mm is not None:
         inputs.append(

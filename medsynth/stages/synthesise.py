@@ -84,8 +84,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
 
 def plan(config: Study) -> list[Row]:
-    """Return the rows of a study, a function of the configuration alone."""
+    """Return the rows of a study, a function of the configuration alone; those that are drafts come last."""
     how = config.synthesise
+    rendered = how.pairs - round(how.pairs * how.drafts)
     return [
         Row(
             pair_id=f"synthetic_{index + 1:05d}",
@@ -94,7 +95,7 @@ def plan(config: Study) -> list[Row]:
             scheduler=how.scheduler,
             steps=how.steps,
             guidance=how.guidance,
-            start=how.start,
+            start=how.start if index < rendered else 0.0,
         )
         for index in range(how.pairs)
     ]
@@ -127,13 +128,24 @@ def render(
     # among others give the same bits.
     filled = [*range(len(rows)), *[len(rows) - 1] * (how.batch_size - len(rows))]
     stacked = torch.from_numpy(np.stack([drawn[index] for index in filled])).to(device)
-    rendered = built.render(stacked, [rows[index].image_seed for index in filled], how)
+    rendered = _images(built, stacked, [rows[index] for index in filled], how)
     images, labels = rendered.cpu().numpy(), built.outline(rendered, stacked).cpu().numpy()
     pairs = []
     for row, label, image in zip(rows, labels, images, strict=False):
         window = release_window(label, grid)
         pairs.append(Pair(row.pair_id, np.ascontiguousarray(image[(slice(None), *window)]), label[window]))
     return pairs
+
+
+def _images(built: Generator, labels: torch.Tensor, rows: Sequence[Row], how: Synthesise) -> torch.Tensor:
+    """Return the images of a batch, each begun where its row says; the whole batch passes for each beginning in it."""
+    import torch
+
+    seeds, starts = [row.image_seed for row in rows], [row.start for row in rows]
+    found: dict[float, torch.Tensor] = {
+        start: built.render(labels, seeds, how.model_copy(update={"start": start})) for start in dict.fromkeys(starts)
+    }
+    return torch.stack([found[start][index] for index, start in enumerate(starts)])
 
 
 def release_window(label: np.ndarray, grid: Grid) -> tuple[slice, ...]:

@@ -35,6 +35,7 @@ from medsynth.diffusion.generator import (
     save_generator,
 )
 from medsynth.files import replace_bytes
+from medsynth.imaging.augmentation import mirrored
 from medsynth.models.autoencoder import load_codec
 from medsynth.models.drafting import Drafting, open_drafting
 from medsynth.models.fitting import Report
@@ -49,6 +50,7 @@ from medsynth.tracking import Tracker
 
 _PRETRAINED = "pretrained.safetensors"
 _UNFINISHED_PUBLIC, _UNFINISHED_OPEN = "pretraining.pt", "training.pt"  # what a killed training goes on from
+_LEAST_SPREAD = 1e-3  # of a latent channel: one that is the same in all patients has none
 _GRAM_MAPS = 48  # label maps that stand for the patients' in the least squares of appearance
 
 
@@ -220,14 +222,40 @@ def _train_openly(job: Job, built: Generator, state: dict[str, Any]) -> None:
     """Train on patients without privacy."""
     settings = job.config.train
     _reserve_openly(job, state)
-    encoded = job.encoded_patients(built)
-    latents = torch.cat([rows for _, rows, _ in encoded])
-    masks = torch.cat([rows for _, _, rows in encoded])
-    draw = _draw_from(latents, masks, settings.batch_size, job.device)
+    if not settings.pretrain_steps:  # nothing was learnt yet with the spreads of phantoms
+        _measure_spread(job, built)
+    draw = _draw_patients(job, built)
     stream = torch.Generator().manual_seed(job.seed("batches"))
     report, unfinished = _reporter(job, "loss"), job.folder / _UNFINISHED_OPEN
     steps, rate = settings.steps, settings.learning_rate
     fit(built.denoiser, draw, "training WITHOUT privacy", steps, rate, settings, stream, report, unfinished)
+
+
+def _measure_spread(job: Job, built: Generator) -> None:
+    """Tell the denoiser how widely each channel of patients' latents spreads, without privacy."""
+    latents = torch.cat([built.codec.encode(patient.images.to(job.device)).cpu() for patient in job.patients()])
+    spread = built.denoiser.preconditioning.spread
+    spread.copy_(latents.std(dim=(0, *range(2, latents.ndim))).clamp(min=_LEAST_SPREAD).view_as(spread))
+
+
+def _draw_patients(job: Job, built: Generator) -> Draw:
+    """Return what draws batches of patients' records, as they are or mirrored and turned, without privacy."""
+    settings = job.config.train
+    if not settings.mirrored:
+        encoded = job.encoded_patients(built)
+        latents = torch.cat([rows for _, rows, _ in encoded])
+        masks = torch.cat([rows for _, _, rows in encoded])
+        return _draw_from(latents, masks, settings.batch_size, job.device)
+    patients = job.patients()
+    images, labels = torch.cat([one.images for one in patients]), torch.cat([one.labels for one in patients])
+
+    def draw(stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(0, len(images), (settings.batch_size,), generator=stream)
+        seen = [mirrored(images[row], labels[row], stream) for row in rows.tolist()]
+        chosen = torch.stack([image for image, _ in seen]), torch.stack([label for _, label in seen])
+        return built.codec.encode(chosen[0].to(job.device)), built.masks(chosen[1].to(job.device))
+
+    return draw
 
 
 def _reserve_openly(job: Job, state: dict[str, Any]) -> None:

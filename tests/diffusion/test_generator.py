@@ -186,3 +186,45 @@ def test_drafts_survive_the_disk(tiny_study: Study, tmp_path: Path, factors: int
         np.savez(tmp_path / APPEARANCE, **others)
         with pytest.raises(StoreError, match="another version"):
             load_generator(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_network_multiplies_in_the_precision_of_the_study_in_training_and_in_sampling(
+    precision: str, wanted: torch.dtype, tiny_study: Study
+) -> None:
+    settings = tiny_study.train.model_copy(update={"precision": precision})
+    images, maps = phantom_pairs(tiny_study.grid, 2, 0)
+    built = replace(generator(tiny_study), settings=settings)
+    latents, masks = built.codec.encode(torch.from_numpy(images)), built.masks(torch.from_numpy(maps))
+    seen: set[torch.dtype] = set()
+    for module in built.denoiser.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    stream = torch.Generator().manual_seed(0)
+    fit(built.denoiser, lambda _: (latents, masks), "fitting", 2, 1e-3, settings, stream, lambda _: None)
+    assert seen == {wanted}, "training"
+    assert all(value.dtype != torch.bfloat16 for value in built.denoiser.state_dict().values())
+    seen.clear()
+    rendered = built.render(torch.from_numpy(maps), [1, 2], HOW)
+    assert seen == {wanted} and rendered.dtype == torch.float32 and rendered.isfinite().all()
+
+
+def test_a_batch_whose_gradient_is_not_finite_teaches_nothing(tiny_study: Study) -> None:
+    images, maps = phantom_pairs(tiny_study.grid, 2, 0)
+
+    def weights(broken: int | None, steps: int) -> list[torch.Tensor]:
+        built, drawn = generator(tiny_study), []
+        latents, masks = built.codec.encode(torch.from_numpy(images)), built.masks(torch.from_numpy(maps))
+
+        def draw(_: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            drawn.append(1)
+            return latents * (torch.nan if len(drawn) - 1 == broken else 1.0), masks
+
+        stream = torch.Generator().manual_seed(0)
+        fit(built.denoiser, draw, "fitting", steps, 1e-3, tiny_study.train, stream, lambda _: None)
+        return [value.clone() for value in built.denoiser.state_dict().values()]
+
+    untaught, whole, holed = weights(None, 0), weights(None, 4), weights(1, 4)
+    assert all(value.isfinite().all() for value in holed)
+    assert any(not torch.equal(one, other) for one, other in zip(untaught, holed, strict=True))
+    assert any(not torch.equal(one, other) for one, other in zip(whole, holed, strict=True))

@@ -19,6 +19,7 @@ from medsynth.diffusion import fitting
 from medsynth.diffusion.generator import APPEARANCE, WEIGHTS, load_generator
 from medsynth.diffusion.objective import row_loss
 from medsynth.errors import BudgetError, ConfigError, PrivacyError, StoreError
+from medsynth.imaging.cohort import load_patients
 from medsynth.models.segmenter import Segmenter, save_segmenter
 from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
@@ -474,6 +475,24 @@ def test_a_private_budget_does_not_pay_for_mixed_patients_even_where_the_configu
     monkeypatch.setattr(Job, "patients", lambda job: pytest.fail("a patient was read"))
     with pytest.raises(BudgetError):
         train.run(slipped, inputs, inputs["generator"], Tracker())
+
+
+def test_without_privacy_patients_are_met_mirrored_and_their_spreads_are_the_denoisers(
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+) -> None:
+    open_settings = without_privacy(tiny_settings) | {"synthesise": {"start": 0.5}}
+    found = {}
+    for name, values in (("plain", {}), ("mirrored", {"mirrored": True})):
+        study = changed(open_settings, pretrain_steps=0, trainable="all", **values)
+        inputs = before_training(study, tmp_path / name)
+        train.run(study, inputs, inputs["generator"], Tracker())
+        found[name] = load_generator(inputs["generator"], inputs["autoencoder"])
+        images = torch.cat([one.images for one in load_patients(inputs["cohort"], study.grid, "train")])
+        spread = found[name].codec.encode(images).std(dim=(0, 2, 3))
+        assert torch.allclose(found[name].denoiser.preconditioning.spread.flatten(), spread)
+        assert not torch.allclose(found[name].codec.spread, spread, rtol=0.05), "phantoms differ"
+    weights = [list(one.denoiser.network.parameters()) for one in found.values()]
+    assert any(not torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 LABELLING = {"networks": 2, "channels": [4, 8], "steps": 3, "batch_size": 2}
