@@ -10,7 +10,10 @@ from medsynth import config
 from medsynth.privacy.budget import plan_budget
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-EXPECTED = {"demo", "hippocampus-3d", "hippocampus-3d-nonprivate", "hippocampus-2d", "polyp-2d", "polyp-2d-nonprivate"}
+EXPECTED = {
+    *("demo", "hippocampus-3d", "hippocampus-3d-nonprivate", "hippocampus-2d"),
+    *("polyp-2d", "polyp-2d-nonprivate", "polyp-2d-quality-nonprivate"),
+}
 
 
 def test_the_studies_of_the_readme_ship() -> None:
