@@ -101,6 +101,11 @@ class Study(Section):
             raise ValueError("encode.channels needs encode.levels + 1 entries")
         if self.train.appearance.enabled and not self.train.pretrain_steps and not self.synthesise.drafted:
             raise ValueError("train.appearance.enabled pays for drafts that train.pretrain_steps 0 never uses")
+        taught = self.train.pretrain_steps or self.train.steps
+        if self.synthesise.drafts and not taught and not self.synthesise.drafts_alone:
+            raise ValueError(
+                "synthesise.drafts leaves pairs to a denoiser that nothing teaches: set synthesise.start to 0"
+            )
         if self.synthesise.drafted and not self.train.appearance.enabled:
             raise ValueError(
                 "synthesise.start below 1, or synthesise.drafts, needs drafts of train.appearance: enable it"

@@ -368,6 +368,16 @@ class Synthesise(Section):
     )
 
     @property
+    def drawn_drafts(self) -> int:
+        """Return how many pairs are drafts themselves."""
+        return self.pairs if self.start == 0 else round(self.pairs * self.drafts)
+
+    @property
+    def drafts_alone(self) -> bool:
+        """Whether every pair is a draft: no denoiser makes any."""
+        return self.drawn_drafts == self.pairs
+
+    @property
     def drafted(self) -> bool:
         """Whether any pair is a draft of the appearance statistics, or begins from one."""
         return self.start < 1 or self.drafts > 0

@@ -150,7 +150,13 @@ def test_drafts_among_the_pairs_need_an_appearance_and_are_a_use_of_it(tiny_sett
     quick = with_value(tiny_settings, "train.pretrain_steps", 0)
     with pytest.raises(ConfigError, match=r"train\.pretrain_steps 0 never uses"):
         config.parse(quick)
-    assert config.parse(with_value(quick, "synthesise.drafts", 0.5)).synthesise.drafted
+    taught = with_value(with_value(tiny_settings, "synthesise.drafts", 0.5), "synthesise.pairs", 9)
+    assert config.parse(taught).synthesise.drafted and config.parse(taught).synthesise.drawn_drafts == 4
+    with pytest.raises(ConfigError, match="a denoiser that nothing teaches"):
+        config.parse(with_value(with_value(taught, "train.pretrain_steps", 0), "train.steps", 0))
+    for name, value in (("drafts", 1.0), ("start", 0.0)):
+        drafts = with_value(with_value(quick, f"synthesise.{name}", value), "train.steps", 0)
+        assert config.parse(drafts).synthesise.drafts_alone
     with pytest.raises(ConfigError, match=r"synthesise\.drafts, needs drafts of train\.appearance"):
         config.parse(with_value(with_value(quick, "synthesise.drafts", 0.5), "train.appearance.enabled", False))
 

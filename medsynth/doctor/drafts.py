@@ -17,12 +17,12 @@ _OF_THE_DENOISER = {"lossy-codec", "latent-scale", "still-learning", "weak-denoi
 _OF_PAIRS = {"copies", "disobeyed-masks", "alike"}
 _SAMPLING = ("synthesise.steps", "synthesise.guidance")
 _LEARNING = ("encode.", "train.", "privacy.shares.training")
-_APPEARANCE = "train.appearance."
+_APPEARANCE, _LABELLING = "train.appearance.", "train.labelling."
 
 
 def made_of_drafts(study: Study) -> bool:
     """Return whether every pair is a draft."""
-    return study.synthesise.start == 0
+    return study.synthesise.drafts_alone
 
 
 def relevant(study: Study, findings: Sequence[Finding]) -> list[Finding]:
@@ -43,7 +43,7 @@ def unused_training(evidence: Evidence) -> list[Finding]:
             rule="unused-training",
             kind="quality",
             says="DP-SGD spends privacy budget on a denoiser that makes no pair: all pairs are drafts.",
-            figure=f"{study.train.steps} steps moved {moved:,} parameters; synthesise.start is 0",
+            figure=f"{study.train.steps} steps moved {moved:,} parameters; every pair is a draft",
             value=float(moved),
             threshold=limits.UNUSED,
             off=above(float(moved), limits.UNUSED),
@@ -60,4 +60,4 @@ def _helps(finding: Finding, key: str) -> bool:
     """Return whether a key has an effect on what was found: training knobs still cost time and may leak."""
     if key in _SAMPLING:
         return False
-    return finding.rule not in _OF_PAIRS or key.startswith(_APPEARANCE) or not key.startswith(_LEARNING)
+    return finding.rule not in _OF_PAIRS or key.startswith((_APPEARANCE, _LABELLING)) or not key.startswith(_LEARNING)

@@ -55,19 +55,20 @@ def strong_augmentation(spatial_dims: int, seed: int) -> Augmentation:
     return change
 
 
-def mirrored(image: Tensor, label: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return a pair as one of its mirror images, all as likely; squares are turned by quarters, too.
+def mirrored(image: Tensor, label: Tensor, random: torch.Generator, *, turned: bool) -> tuple[Tensor, Tensor]:
+    """Return a pair as one of its mirror images, all as likely.
 
     Args:
         image: ``(channel, *spatial)``.
         label: ``(*spatial)``.
         random: the stream to draw from.
+        turned: planes are turned by quarters, too; for squares of square pixels.
     """
     rank = label.ndim
     coins = torch.randint(0, 2, (rank + 1,), generator=random).tolist()
     axes = [axis - rank for axis in range(rank) if coins[axis]]
     image, label = image.flip(axes), label.flip(axes)
-    if rank == 2 and label.shape[0] == label.shape[1] and coins[rank]:
+    if turned and rank == 2 and coins[rank]:
         image, label = image.transpose(-1, -2), label.transpose(-1, -2)
     return image, label
 

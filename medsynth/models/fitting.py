@@ -13,8 +13,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from medsynth import logs
+from medsynth.errors import MedsynthError
 from medsynth.files import replacing
 
+_MOST_MISSED = 20  # steps in a row without a finite gradient: more is no accident
 _KEEP_EVERY_S = 60.0  # at most so much of a killed fit is lost
 
 Loss = Callable[[torch.Generator], Tensor]
@@ -67,6 +69,9 @@ def fit(
         keep: file in which an unfinished fit is kept once a minute. A killed one goes on from there, and on the same
             device ends with the weights that it would have had. It is as sensitive as what is drawn; whoever called
             removes it.
+
+    Raises:
+        MedsynthError: many steps in a row gave no finite gradient.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -81,17 +86,23 @@ def fit(
     if average is not None:
         average.to(device=parameters[0].device)
     model.train()
-    kept = time.monotonic()
+    kept, missed = time.monotonic(), 0
     for _ in logs.progress(range(len(losses), recipe.steps), what, recipe.steps - len(losses)):
         loss = loss_of(stream)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_bound)
-        if norm.isfinite():  # half precision overflows now and then: that batch teaches nothing
+        missed = 0 if norm.isfinite() else missed + 1
+        if missed == _MOST_MISSED:
+            raise MedsynthError(
+                f"{what}: {missed} steps in a row gave no finite gradient; lower the learning rate, or set "
+                "train.precision to float32"
+            )
+        if not missed:  # kernels in half precision give NaN now and then: that batch teaches nothing
             optimizer.step()
+            rate.step()
             if average is not None:
                 average.step(parameters)
-        rate.step()
         losses.append(float(loss.detach()))
         report(losses)
         if keep is not None and time.monotonic() - kept >= _KEEP_EVERY_S:

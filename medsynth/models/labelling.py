@@ -59,5 +59,5 @@ def load_labeller(folder: Path, grid: Grid, recipe: Labelling) -> Labeller | Non
     Raises:
         StoreError: a network is missing, or of another architecture.
     """
-    numbers = range(recipe.networks)
-    return Labeller([load_segmenter(grid, recipe, network_file(folder, n)) for n in numbers]) if numbers else None
+    paths = [network_file(folder, number) for number in range(recipe.networks)]
+    return Labeller([load_segmenter(grid, recipe, path, "train") for path in paths]) if paths else None

@@ -69,8 +69,14 @@ def save_segmenter(model: nn.Module, path: Path) -> None:
     replace_bytes(path, save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
 
 
-def load_segmenter(grid: Grid, segment: SegmenterRecipe, path: Path) -> Segmenter:
+def load_segmenter(grid: Grid, segment: SegmenterRecipe, path: Path, stage: str = "segment") -> Segmenter:
     """Build the network and load its weights, ready to predict.
+
+    Args:
+        grid: as in :func:`build_segmenter`.
+        segment: likewise.
+        path: written by :func:`save_segmenter`.
+        stage: who wrote it, for the message.
 
     Raises:
         StoreError: the file is missing or holds another architecture.
@@ -79,7 +85,7 @@ def load_segmenter(grid: Grid, segment: SegmenterRecipe, path: Path) -> Segmente
     try:
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError) as error:
-        raise StoreError(f"'{path.name}' is no segmenter of this configuration: run the stage segment again") from error
+        raise StoreError(f"'{path.name}' is no segmenter of this configuration: run the stage {stage} again") from error
     return model.eval()
 
 

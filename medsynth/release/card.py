@@ -15,6 +15,8 @@ from medsynth.release.signing import fingerprint
 _HOW = """\
 A generator of label maps and a mask-conditioned generator of images learnt from a cohort at a hospital; every pair
 was then sampled from the two."""
+_HOW_OPEN = """ Where the study asks for it (`train.labelling`), networks that learnt from patients
+outlined the images anew, and the label maps are theirs."""
 _HOW_CERTIFIED = """ No patient's image or segmentation conditioned a pair, and no pair was selected by
 comparing it with patients."""
 _HOW_TO_CHECK = """\
@@ -112,7 +114,7 @@ def dataset_card(dataset: Mapping[str, Any], pairs: int, claim: Mapping[str, Any
         if claim
         else "There is nothing to check: `medsynth verify` refuses a release without a certificate."
     )
-    sampled = f"{_HOW}{_HOW_CERTIFIED}" if claim else _HOW
+    sampled = f"{_HOW}{_HOW_CERTIFIED}" if claim else f"{_HOW}{_HOW_OPEN}"
     return f"""# {dataset["name"]}: a synthetic dataset
 
 {pairs_line(pairs)}

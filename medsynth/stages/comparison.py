@@ -45,6 +45,7 @@ from medsynth.stages.comparison_trainings import (
     network_path,
     train_arms,
 )
+from medsynth.stages.synthesise import LABELLERS
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -258,6 +259,7 @@ def _run(
     """Return what is measured on a run's pairs, beside train and held-out patients; ``count`` of them are judged."""
     images, labels = bench.pairs[source.label]
     seed = derive_seed(bench.seed, "compare", "crowds")
+    synthetic = store.read_manifest(source.folder / "synthetic")
     return Run(
         label=source.label,
         study=source.study.name,
@@ -265,9 +267,10 @@ def _run(
         spent=source.spent,
         delta=source.study.privacy.delta,
         pairs=len(images),
-        synthetic=store.read_manifest(source.folder / "synthetic").digest,
+        synthetic=synthetic.digest,
         agreement=agreement(judges, images[:count], labels[:count], source.label, how),
         agreement_pairs=min(count, len(images)),
+        labellers=synthetic.details.get(LABELLERS, 0),
         fidelity=fidelity(*sides, crowd_of(images, judges), seed),
         memorisation=memorisation(bench.train, bench.test, images, labels, how.draws, seed),
     )

@@ -207,7 +207,7 @@ def _run(run: Run) -> list[str]:
         f"{escape(run.label)}<small>{escape(run.study)}</small>",
         planned,
         str(run.pairs),
-        _cell(run.agreement.all_labels),
+        _cell(run.agreement.all_labels) + ("<small>labelled by networks</small>" if run.labellers else ""),
         f"{number(crowd.fid, 2)} ({number(crowd.fid_held_out, 2)})<small>{crowd.fid_images} images each</small>",
         f"{number(crowd.mmd, 4)} ({number(crowd.mmd_held_out, 4)})",
         f"{number(crowd.similarity_within_synthetic)} ({number(crowd.similarity_within_real)})"

@@ -93,6 +93,7 @@ class Run(Part):
     synthetic: str = Field(description="digest of its synthetic/ folder")
     agreement: Scores = Field(description="Dice between label maps and what nets of all real patients find in images")
     agreement_pairs: int
+    labellers: int = Field(0, description="networks that labelled the pairs anew: agreement says nothing then")
     fidelity: Fidelity
     memorisation: Memorisation
 

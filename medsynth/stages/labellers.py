@@ -34,6 +34,12 @@ def files(job: Job) -> tuple[Path, ...]:
     return tuple(network_file(job.folder, number) for number in range(job.config.train.labelling.networks))
 
 
+def clear(job: Job) -> None:
+    """Remove the pools of patients that a killed run left behind."""
+    for pools in job.folder.glob(f"{_POOLS}*"):
+        shutil.rmtree(pools)
+
+
 def train_labellers(job: Job) -> None:
     """Train the networks that are not there yet on the patients that train, one a seed, and write them.
 
@@ -49,8 +55,7 @@ def train_labellers(job: Job) -> None:
     """
     if job.config.privacy.private:
         raise PrivacyError("train.labelling.networks bounds no patient's share: set it to 0")
-    for pools in job.folder.glob(f"{_POOLS}*"):  # of a killed run
-        shutil.rmtree(pools)
+    clear(job)
     recipe, left = job.config.train.labelling, [path for path in files(job) if not path.is_file()]
     if not left:
         return

@@ -71,7 +71,8 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         source = load_masks(parents["masks"]).ask(config.synthesise, [row.mask_seed for row in rows])
         built = load_generator(parents["generator"], parents["autoencoder"]).to(device)
         size = config.synthesise.batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        alike = sorted(rows, key=lambda row: -row.start)  # a batch takes as many passes as it has beginnings
+        batches = [alike[first : first + size] for first in range(0, len(alike), size)]
         for batch in logs.progress(batches, "rendering pairs", len(batches)):
             if all(_written(folder.path, row) for row in batch):
                 continue
@@ -84,9 +85,9 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
 
 def plan(config: Study) -> list[Row]:
-    """Return the rows of a study, a function of the configuration alone; those that are drafts come last."""
+    """Return the rows of a study, a function of the configuration alone; drafts are spread evenly among them."""
     how = config.synthesise
-    rendered = how.pairs - round(how.pairs * how.drafts)
+    drafts = how.drawn_drafts
     return [
         Row(
             pair_id=f"synthetic_{index + 1:05d}",
@@ -95,7 +96,7 @@ def plan(config: Study) -> list[Row]:
             scheduler=how.scheduler,
             steps=how.steps,
             guidance=how.guidance,
-            start=how.start if index < rendered else 0.0,
+            start=0.0 if (index + 1) * drafts // how.pairs > index * drafts // how.pairs else how.start,
         )
         for index in range(how.pairs)
     ]

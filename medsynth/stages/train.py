@@ -1,9 +1,9 @@
 """Stage ``train``: the mask-conditioned denoiser, pre-trained on public phantoms, then moved by patients under DP-SGD.
 
 Order of events: appearance statistics (one or two noisy sums) dress the phantoms; the denoiser learns from them,
-which costs nothing more; then a few parameters take T noisy steps on patients. Without privacy networks may learn
-from patients to label pairs. A killed run goes on within its
-reservation: finished steps are kept, started ones are lost, fresh noise is drawn.
+which costs nothing more; then a few parameters take T noisy steps on patients. A killed run goes on within its
+reservation: finished steps are kept, started ones are lost, fresh noise is drawn. Without privacy all parameters learn
+from patients, and networks may learn to label pairs.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def _open_state(job: Job) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if {key: found.get(key) for key in wanted} == wanted:
             logs.say("going on with an interrupted training")
+            labellers.clear(job)
             return found
     shutil.rmtree(job.folder)
     job.folder.mkdir()
@@ -246,12 +247,13 @@ def _draw_patients(job: Job, built: Generator) -> Draw:
         latents = torch.cat([rows for _, rows, _ in encoded])
         masks = torch.cat([rows for _, _, rows in encoded])
         return _draw_from(latents, masks, settings.batch_size, job.device)
-    patients = job.patients()
+    grid, patients = job.config.grid, job.patients()
+    square = len({*grid.shape}) == 1 and len({*(grid.spacing_mm or (1.0,))}) == 1
     images, labels = torch.cat([one.images for one in patients]), torch.cat([one.labels for one in patients])
 
     def draw(stream: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(0, len(images), (settings.batch_size,), generator=stream)
-        seen = [mirrored(images[row], labels[row], stream) for row in rows.tolist()]
+        seen = [mirrored(images[row], labels[row], stream, turned=square) for row in rows.tolist()]
         chosen = torch.stack([image for image, _ in seen]), torch.stack([label for _, label in seen])
         return built.codec.encode(chosen[0].to(job.device)), built.masks(chosen[1].to(job.device))
 

@@ -13,7 +13,7 @@ import torch
 from medsynth.config import Study, Synthesise
 from medsynth.diffusion.fitting import fit
 from medsynth.diffusion.generator import APPEARANCE, Dresser, Generator, build_generator, load_generator, save_generator
-from medsynth.errors import StoreError
+from medsynth.errors import MedsynthError, StoreError
 from medsynth.imaging.phantom import phantom_pairs
 from medsynth.models import fitting
 from medsynth.models.adapters import add_adapters
@@ -228,3 +228,20 @@ def test_a_batch_whose_gradient_is_not_finite_teaches_nothing(tiny_study: Study)
     assert all(value.isfinite().all() for value in holed)
     assert any(not torch.equal(one, other) for one, other in zip(untaught, holed, strict=True))
     assert any(not torch.equal(one, other) for one, other in zip(whole, holed, strict=True))
+
+
+def test_a_training_without_finite_gradients_ends_with_a_word(tiny_study: Study) -> None:
+    built = generator(tiny_study)
+    images, maps = phantom_pairs(tiny_study.grid, 2, 0)
+    latents, masks = built.codec.encode(torch.from_numpy(images)), built.masks(torch.from_numpy(maps))
+    drawn: list[int] = []
+
+    def draw(_: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn.append(1)
+        broken = len(drawn) > 10 and len(drawn) != 25  # 14 in a row, a sound one, and no end
+        return latents * (torch.nan if broken else 1.0), masks
+
+    stream = torch.Generator().manual_seed(0)
+    with pytest.raises(MedsynthError, match=r"fitting: 20 steps in a row.*train\.precision to float32"):
+        fit(built.denoiser, draw, "fitting", 200, 1e-3, tiny_study.train, stream, lambda _: None)
+    assert len(drawn) == 45

@@ -261,9 +261,11 @@ def test_without_privacy_masks_that_are_not_obeyed_want_networks_that_label_pair
     study["name"], study["privacy"]["epsilon"] = "tiny-nonprivate", "inf"
     (healthy / STUDY).write_text(json.dumps(study))
     assert advised().startswith("set train.labelling.networks to 3")
-    study["train"]["labelling"]["networks"] = 3
+    study["synthesise"]["start"] = 0  # as in hippocampus-3d-nonprivate
     (healthy / STUDY).write_text(json.dumps(study))
-    assert "labelling" not in advised()
+    assert advised().startswith("set train.labelling.networks to 3")
+    reported("labellers", value=3)(healthy)
+    assert "disobeyed-masks" not in rules(healthy)
 
 
 def test_a_noisy_appearance_wants_more_budget_and_a_quiet_one_more_detail(healthy: Path) -> None:

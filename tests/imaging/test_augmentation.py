@@ -39,14 +39,16 @@ def test_the_seed_decides_everything_and_nothing_is_written_to() -> None:
     assert torch.equal(image, kept)
 
 
-@pytest.mark.parametrize(("shape", "images"), [((5, 5), 8), ((4, 6), 4), ((3, 4, 5), 8)])
+@pytest.mark.parametrize(
+    ("shape", "turned", "images"), [((5, 5), True, 8), ((5, 5), False, 4), ((4, 6), False, 4), ((3, 3, 3), True, 8)]
+)
 def test_a_mirrored_pair_is_one_of_its_mirror_images_and_its_label_map_goes_with_it(
-    shape: tuple[int, ...], images: int
+    shape: tuple[int, ...], turned: bool, images: int
 ) -> None:
     label = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape)
     image = torch.stack([label * 2.0, label + 0.5])
     random = torch.Generator().manual_seed(0)
-    found = [mirrored(image, label, random) for _ in range(200)]
+    found = [mirrored(image, label, random, turned=turned) for _ in range(200)]
     assert all(torch.equal(seen[0], 2.0 * moved) and torch.equal(seen[1], moved + 0.5) for seen, moved in found)
     assert all(moved.shape == label.shape for _, moved in found)
     kinds = {tuple(moved.flatten().tolist()) for _, moved in found}

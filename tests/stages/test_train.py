@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from medsynth import config, store
 from medsynth.config import Labelling, Study
 from medsynth.diffusion import fitting
-from medsynth.diffusion.generator import APPEARANCE, WEIGHTS, load_generator
+from medsynth.diffusion.generator import APPEARANCE, WEIGHTS, Generator, load_generator
 from medsynth.diffusion.objective import row_loss
 from medsynth.errors import BudgetError, ConfigError, PrivacyError, StoreError
-from medsynth.imaging.cohort import load_patients
+from medsynth.imaging.cohort import Patient, load_patients
 from medsynth.models.segmenter import Segmenter, save_segmenter
 from medsynth.privacy.entropy import ChaChaEntropy
 from medsynth.privacy.gradients_unit import UnitBackend
@@ -477,15 +477,30 @@ def test_a_private_budget_does_not_pay_for_mixed_patients_even_where_the_configu
         train.run(slipped, inputs, inputs["generator"], Tracker())
 
 
+def told_before_each_read(inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Collect at each reading of patients whether the ledger had been told of the training."""
+    told: list[bool] = []
+    original = Job.patients
+
+    def patients(job: Job) -> list[Patient]:
+        told.append(any(entry["mechanisms"] == ["nonprivate"] for entry in Ledger(inputs["ledger"]).entries()))
+        return original(job)
+
+    monkeypatch.setattr(Job, "patients", patients)
+    return told
+
+
 def test_without_privacy_patients_are_met_mirrored_and_their_spreads_are_the_denoisers(
-    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before
+    tiny_settings: dict[str, Any], tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_settings = without_privacy(tiny_settings) | {"synthesise": {"start": 0.5}}
+    alone = {"pretrain_steps": 0, "trainable": "all", "appearance": {"enabled": False, "coefficients": [2, 2]}}
     found = {}
-    for name, values in (("plain", {}), ("mirrored", {"mirrored": True})):
-        study = changed(open_settings, pretrain_steps=0, trainable="all", **values)
+    for name, mirror in (("plain", False), ("mirrored", True)):
+        study = changed(without_privacy(tiny_settings), **alone, mirrored=mirror)
         inputs = before_training(study, tmp_path / name)
+        told = told_before_each_read(inputs, monkeypatch)
         train.run(study, inputs, inputs["generator"], Tracker())
+        assert told == [True, True]
         found[name] = load_generator(inputs["generator"], inputs["autoencoder"])
         images = torch.cat([one.images for one in load_patients(inputs["cohort"], study.grid, "train")])
         spread = found[name].codec.encode(images).std(dim=(0, 2, 3))
@@ -539,6 +554,13 @@ def test_a_network_that_labels_pairs_is_not_trained_twice_and_a_kill_leaves_no_p
     monkeypatch.setattr(labellers, "save_segmenter", save)
     with pytest.raises(Killed):
         train.run(study, killed, killed["generator"], Tracker())
+    build = train.build_generator
+
+    def built(*arguments: Any) -> Generator:
+        assert not list(store.partial(killed["generator"]).glob(".pools-*")), "first of all"
+        return build(*arguments)
+
+    monkeypatch.setattr(train, "build_generator", built)
     manifest = train.run(study, killed, killed["generator"], Tracker())
     assert trained == ["labeller-0", "killed", "labeller-1"]
     assert manifest.files == files and not list(killed["generator"].glob(".pools-*"))
