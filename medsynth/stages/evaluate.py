@@ -149,6 +149,7 @@ def _measure(config: Study, data: _Data, folders: Mapping[str, Path], ledger: Pa
         },
         "n_train_patients": len(data.train),
         "n_pairs": len(data.images),
+        "n_empty": int((data.labels.flatten(1).amax(dim=1) == 0).sum()),
         "labellers": store.read_manifest(folders["synthetic"]).details.get(LABELLERS, 0),
         "dice": dice,
         "floor": floor,

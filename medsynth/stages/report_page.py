@@ -107,6 +107,7 @@ def page(title: str, subtitle: str, body: str) -> str:
 def reading(report: Mapping[str, Any]) -> list[str]:
     """Return what the numbers mean, in plain sentences."""
     lines = [*_read_dice(report), *_read_agreement(report), *_read_label_maps(report["label_maps"])]
+    lines += _read_empty(report)
     lines.append(_read_memorisation(report["memorisation"]))
     if report["epsilon"] == "inf":
         lines.append("Training was not private: nothing of this study can be certified.")
@@ -163,6 +164,11 @@ def _read_mixed(dice: Mapping[str, Any]) -> list[str]:
     inside = low <= mixed["mean"] <= high
     effect = "no clear effect" if inside else ("a gain" if gain > 0 else "a loss")
     return [f"Adding synthetic pairs to real training data changes the Dice by {gain:+.3f}: {effect}."]
+
+
+def _read_empty(report: Mapping[str, Any]) -> list[str]:
+    count = report.get("n_empty", 0)
+    return [f"{count} of the {report['n_pairs']} synthetic label maps are empty."] if count else []
 
 
 def _read_agreement(report: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from test_segment import folders, reserve_masks, study  # the same tiny cohort
 from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import InputError
+from medsynth.imaging.cohort import load_pairs
 from medsynth.models.autoencoder import build_codec, save_codec
 from medsynth.stages import evaluate, report_page, segment
 from medsynth.tracking import Tracker
@@ -63,6 +64,7 @@ def test_the_report_holds_what_was_promised(finished: tuple[Path, Recorder, Stud
         assert block["ci95"][0] <= block["mean"] <= block["ci95"][1] and block["n_patients"] == 3
         assert set(block["per_label"]) == {"organ"} and block["per_label"]["organ"]["mean"] == block["mean"]
     assert report["dice"]["real_only"]["seeds"]["0"] == pytest.approx(report["dice"]["real_only"]["mean"])
+    assert report["n_empty"] == 0 and "label maps are empty" not in (finished[0] / "report.html").read_text()
     assert 0 < report["epsilon"] < 8 and report["delta"] == 1e-4
     assert report["agreement"]["n_pairs"] == 3 and report["reconstruction"]["psnr_db"] > 60
     real = report["dice"]["real_only"]["mean"]
@@ -94,7 +96,13 @@ def test_no_picture_of_a_patient_reaches_the_tracker(finished: tuple[Path, Recor
     assert {"dice/real_only", "dice/mixed/organ", "floor", "agreement", "epsilon"} <= set(recorder.values)
 
 
-def test_a_study_without_privacy_says_so(tmp_path: Path) -> None:
+def test_a_study_without_privacy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_two_empty(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = load_pairs(*arguments)
+        labels[:2] = 0
+        return images, labels
+
+    monkeypatch.setattr(evaluate, "load_pairs", with_two_empty)
     sections = {"name": "tiny-nonprivate", "privacy": {"epsilon": "inf", "declared_patients": 16}}
     tiny = {"channels": [4, 8], "steps": 1, "batch_size": 1, "regimes": ["synthetic_only"]}
     small = study(2, evaluate=EVALUATE, segment=tiny, **sections)
@@ -102,6 +110,7 @@ def test_a_study_without_privacy_says_so(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["epsilon"] == "inf" and report["agreement"] is None and report["relative_to_real"] == {}
     page = (tmp_path / "report" / "report.html").read_text()
+    assert f"2 of the {report['n_pairs']} synthetic label maps are empty" in page
     assert "not private" in page and "only the regime real_only tells" in page and "does not beat it" not in page
 
 
