@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,20 +12,10 @@ from medsynth import logs
 from medsynth.errors import InputError, PrivacyError
 from medsynth.models.labelling import network_file
 from medsynth.models.segmenter import save_segmenter
-from medsynth.stages.segmenter_training import Training, side_by_side, train_segmenter, write_patients
+from medsynth.stages.segmenter_training import Network, Training, side_by_side, train_segmenter, write_patients
 from medsynth.stages.training_job import Job
 
 _POOLS = ".pools-"  # in such a folder patients lie while the networks learn; a kill leaves it behind
-
-
-@dataclass(frozen=True)
-class _Network:
-    training: Training
-    out: Path
-
-    @property
-    def name(self) -> str:
-        return self.training.name
 
 
 def files(job: Job) -> tuple[Path, ...]:
@@ -55,7 +44,6 @@ def train_labellers(job: Job) -> None:
     """
     if job.config.privacy.private:
         raise PrivacyError("train.labelling.networks bounds no patient's share: set it to 0")
-    clear(job)
     recipe, left = job.config.train.labelling, [path for path in files(job) if not path.is_file()]
     if not left:
         return
@@ -67,13 +55,13 @@ def train_labellers(job: Job) -> None:
         pool = Path(scratch) / "patients.safetensors"
         write_patients(pool, patients)
         jobs = [
-            _Network(Training(path.stem, job.config.grid, recipe, job.seed("labeller", path.stem), (pool,)), path)
+            Network(Training(path.stem, job.config.grid, recipe, job.seed("labeller", path.stem), (pool,)), job.folder)
             for path in left
         ]
         for _ in side_by_side(_train, jobs, str(job.device), job.config.compute.workers, "labellers"):
             pass  # each has written its network
 
 
-def _train(network: _Network, device: str) -> None:
+def _train(network: Network, device: str) -> None:
     model, _ = train_segmenter(network.training, torch.device(device))
-    save_segmenter(model, network.out)
+    save_segmenter(model, network.weights)

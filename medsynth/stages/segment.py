@@ -20,7 +20,14 @@ from medsynth.models.autoencoder import load_codec
 from medsynth.models.segmenter import save_segmenter
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import config_digest, stage_inputs
-from medsynth.stages.segmenter_training import Training, side_by_side, train_segmenter, write_patients, write_pool
+from medsynth.stages.segmenter_training import (
+    Network,
+    Training,
+    side_by_side,
+    train_segmenter,
+    write_patients,
+    write_pool,
+)
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -73,20 +80,11 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One network to train, and the folder that it goes to."""
-
-    training: Training
-    out: Path
-
-    @property
-    def name(self) -> str:
-        return self.training.name
-
+class _Job(Network):
     @property
     def losses(self) -> Path:
         """The file of its losses; it is there once the network is."""
-        return self.out / f".{self.name}.json"
+        return self.folder / f".{self.name}.json"
 
 
 def _job(config: Study, regime: str, seed: int, pools: Path, out: Path) -> _Job:
@@ -123,7 +121,7 @@ def _write_pools(config: Study, folders: Mapping[str, Path], scratch: Path) -> N
 def _train(job: _Job, device: str) -> None:
     """Train one network and write its weights and, after them, its loss at each step."""
     model, losses = train_segmenter(job.training, torch.device(device))
-    save_segmenter(model, job.out / f"{job.name}.safetensors")
+    save_segmenter(model, job.weights)
     replace_bytes(job.losses, json.dumps(losses).encode())
 
 

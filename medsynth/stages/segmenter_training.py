@@ -54,6 +54,24 @@ class Training:
     strong: bool = False
 
 
+@dataclass(frozen=True)
+class Network:
+    """One network to train, and the folder that it goes to."""
+
+    training: Training
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.training.name
+
+    @property
+    def weights(self) -> Path:
+        """The file of its weights."""
+        return self.folder / f"{self.name}.safetensors"
+
+
 class _Named(Protocol):
     @property
     def name(self) -> str: ...
