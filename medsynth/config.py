@@ -85,6 +85,11 @@ class Study(Section):
         """Return how many of the declared patients train: public; sums over patients are divided by it."""
         return self.privacy.declared_patients * (1 - self.ingest.test_fraction)
 
+    @property
+    def denoiser_counts(self) -> bool:
+        """Return whether a denoiser learns from patients or renders pairs; else it knows nobody and shows nothing."""
+        return bool(self.train.steps) or not self.synthesise.drafts_alone
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         dims = self.grid.spatial_dims
@@ -164,12 +169,19 @@ class Study(Section):
                 "synthesise.volume_scale and volume_median ask for label maps, and train.labelling.networks draws them "
                 "anew from images: use one of both"
             )
-        factor = 2 ** (len(self.train.labelling.channels) - 1)
-        if any(size % factor for size in self.grid.shape):
-            raise ValueError(
-                f"train.labelling.channels has {len(self.train.labelling.channels)} levels: grid.shape must divide by "
-                f"{factor}"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _segmenters_fit(self) -> Self:
+        recipes: dict[str, SegmenterRecipe] = {"segment": self.segment}
+        if self.train.labelling.networks:
+            recipes["train.labelling"] = self.train.labelling
+        for name, recipe in recipes.items():
+            divisor = 2 ** (len(recipe.channels) - 1)  # every level but the last halves the image's axes
+            if any(size % divisor for size in self.grid.shape):
+                raise ValueError(
+                    f"{name}.channels has {len(recipe.channels)} levels: grid.shape must divide by {divisor}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -277,7 +277,7 @@ class Appearance(Section):
 class SegmenterRecipe(Section):
     """A segmentation network and how it is trained."""
 
-    channels: tuple[Count, ...] = (16, 32, 64, 128)
+    channels: Annotated[tuple[Count, ...], Field(min_length=2)] = (16, 32, 64, 128)
     steps: Count = 600
     batch_size: Count = 4
     learning_rate: Positive = 2e-3
@@ -308,7 +308,7 @@ class Train(Section):
     conditioning: Literal["concat", "spade", "cross_attention"] = Field(
         "concat", description="how the label map reaches the network: beside its input, in its norms, as tokens"
     )
-    channels: tuple[Count, ...] = (64, 96)
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 96)
     attention_levels: tuple[bool, ...] | None = Field(
         None, description="levels that attend; None: none, with cross_attention the deepest; the middle always does"
     )

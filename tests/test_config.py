@@ -139,6 +139,17 @@ def test_networks_label_pairs_without_privacy_and_not_where_volumes_are_asked_fo
         config.parse(with_value(raw, path, value))
 
 
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [([4, 4, 4, 4, 4, 4], r"segment\.channels has 6 levels: grid\.shape must divide by 32"), ([4], "at least 2 items")],
+)
+def test_a_segmentation_network_that_cannot_be_built_is_refused_before_the_first_stage(
+    channels: list[int], words: str, tiny_settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config.parse(with_value(tiny_settings, "segment.channels", channels))
+
+
 def test_mirrored_patients_are_for_training_without_privacy(tiny_settings: dict[str, Any]) -> None:
     raw = with_value(tiny_settings, "train.mirrored", True)
     with pytest.raises(ConfigError, match=r"train\.mirrored is for training without privacy"):

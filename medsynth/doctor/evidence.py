@@ -87,11 +87,10 @@ def gather(run: Path) -> Evidence:
     entries = Ledger(ledger).entries() if study.privacy.private and ledger.is_file() else []
     noise = _noise(run, study, entries)
     synthetic, trained = _details(run / "synthetic"), study.train.pretrain_steps or study.train.steps
-    attacked = bool(study.train.steps) or not study.synthesise.drafts_alone  # as stage audit decides
     found = {
         "label agreement, memorisation, label maps, codec (medsynth evaluate)": report is not None,
         "losses of the denoiser (medsynth train)": any(name.endswith("loss") for name in losses) or not trained,
-        "the denoiser's error on patients (audit.generator, medsynth audit)": bool(errors) or not attacked,
+        "the denoiser's error on patients (audit.generator, medsynth audit)": bool(errors) or not study.denoiser_counts,
         "noise beside signal (medsynth masks, train)": bool(noise) or not study.privacy.private,
         "time and memory (medsynth run)": (run / RESOURCES).is_file(),
     }

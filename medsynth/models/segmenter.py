@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from medsynth.config import Grid, SegmenterRecipe
-from medsynth.errors import ConfigError, StoreError
+from medsynth.errors import StoreError
 from medsynth.files import replace_bytes
 
 
@@ -49,18 +49,12 @@ def build_segmenter(grid: Grid, segment: SegmenterRecipe) -> Segmenter:
     """Build a residual U-Net of any rank (Kerfoot et al. 2018, "Left-ventricle quantification using residual U-Net").
 
     Args:
-        grid: gives rank, input channels and classes; every axis must divide by 2^(levels - 1).
+        grid: gives rank, input channels and classes; every axis must divide by 2^(levels - 1), as every study's does.
         segment: gives the width of each level.
 
     Returns:
         A module from images ``(batch, channel, *spatial)`` in [-1, 1] to logits ``(batch, class, *spatial)``.
-
-    Raises:
-        ConfigError: the grid cannot be halved as often as the levels ask.
     """
-    factor = 2 ** (len(segment.channels) - 1)
-    if any(size % factor for size in grid.shape):
-        raise ConfigError(f"segment.channels has {len(segment.channels)} levels: grid.shape must divide by {factor}")
     return Segmenter(grid, segment)
 
 

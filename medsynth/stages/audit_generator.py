@@ -54,7 +54,7 @@ def audit_generator(
     """
     count, seed = config.audit.patients, derive_seed(config.seed, "audit", "generator")
     chosen = Sides(sides.members[:count], sides.strangers[:count])
-    if config.train.steps or not config.synthesise.drafts_alone:
+    if config.denoiser_counts:
         scores, leaky = familiar(built, chosen, seed, device), overfitted_scores(seed)
         yield _judged(config, DENOISER, scores, leaky, bound, "overfitted on phantoms"), scores
     if built.dresser is not None:
