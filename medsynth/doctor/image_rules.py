@@ -216,7 +216,7 @@ def disobeyed_masks(evidence: Evidence) -> list[Finding]:
     if seen is None or not real or margin is None or margin < limits.JUDGE_MARGIN.value:
         return []  # a weak judge finds no mask in anything
     if evidence.number("labellers"):
-        return []  # networks of the same patients agree with each other, whatever the generator does
+        return []  # pairs have the label maps that their images show
     share = seen / real
     study = evidence.study
     guided, drafts = study.train.mask_dropout > 0, study.train.appearance.enabled and study.synthesise.start == 1

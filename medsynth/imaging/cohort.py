@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from medsynth.files import replace_bytes
 
 CASES_FILE = "cases.csv"
 CASE_COLUMNS = ("case_id", "patient_id", "split", "source", "records", "labelled", "content")
+DRAWN = "drawn"
+"""Folder of the label maps that images were rendered for, where networks labelled the pairs anew."""
 GREY_LEVELS = 1000
 COLOUR_LEVELS = 255
 _COMPRESSION = 4  # half the time of gzip's default for 2 % more bytes
@@ -51,11 +54,13 @@ class Pair:
         name: file name without suffix.
         image: (channel, *spatial) float32 in [-1, 1].
         label: (*spatial) uint8.
+        drawn: (*spatial) uint8, what the image was rendered for, where networks labelled it anew; None: ``label``.
     """
 
     name: str
     image: np.ndarray
     label: np.ndarray
+    drawn: np.ndarray | None = None
 
 
 def write_case(cohort: Path, case_id: str, images: torch.Tensor, labels: torch.Tensor, grid: Grid) -> None:
@@ -130,6 +135,7 @@ def _patient(cohort: Path, grid: Grid, person: str, cases: list[str]) -> Patient
 def write_pair(folder: Path, pair: Pair, grid: Grid) -> None:
     """Write ``folder/images/<name>.nii.gz`` and ``folder/labels/<name>.nii.gz``, each in one step (temp + rename).
 
+    Where networks labelled the image, what it was drawn for goes to ``folder/drawn/<name>.nii.gz``.
     Intensities are stored as int16 from 0 to 1000 (grey) or uint8 from 0 to 255 (colour); the affine is the grid's
     spacing about a centre at 0, RAS+, so that headers carry nothing but public constants.
     """
@@ -138,15 +144,21 @@ def write_pair(folder: Path, pair: Pair, grid: Grid) -> None:
         stored = np.rint(unit[0] * GREY_LEVELS).astype(np.int16)
     else:
         stored = np.moveaxis(np.rint(unit * COLOUR_LEVELS).astype(np.uint8), 0, -1)
-    label = pair.label.astype(np.uint8)
-    if grid.spatial_dims == 2:
-        stored, label = np.expand_dims(stored, 2), label[..., None]
-    _write(folder / "images" / f"{pair.name}{_SUFFIX}", stored, grid, durable=True)
-    _write(folder / "labels" / f"{pair.name}{_SUFFIX}", label, grid, durable=True)
+    flat = grid.spatial_dims == 2
+    arrays = {"images": np.expand_dims(stored, 2) if flat else stored}
+    for kind, label in (("labels", pair.label), (DRAWN, pair.drawn)):
+        if label is not None:
+            arrays[kind] = label.astype(np.uint8)[..., None] if flat else label.astype(np.uint8)
+    for kind, array in arrays.items():
+        _write(folder / kind / f"{pair.name}{_SUFFIX}", array, grid, durable=True)
 
 
-def read_pairs(folder: Path) -> Iterator[Pair]:
+def read_pairs(folder: Path, labels: str = "labels") -> Iterator[Pair]:
     """Yield the pairs of a folder sorted by name, at their own size.
+
+    Args:
+        folder: written by :func:`write_pair`.
+        labels: the folder in it that the label maps are taken from.
 
     Raises:
         StoreError: an image without a label or an unreadable file.
@@ -154,7 +166,7 @@ def read_pairs(folder: Path) -> Iterator[Pair]:
     for path in sorted((folder / "images").glob(f"*{_SUFFIX}")):
         if path.name.startswith("."):
             continue  # a write that was cut off
-        stored, label = _read(path), _read(folder / "labels" / path.name)
+        stored, label = _read(path), _read(folder / labels / path.name)
         colour = stored.ndim == label.ndim + 1
         if label.shape[-1] == 1:
             stored, label = stored[:, :, 0], label[..., 0]
@@ -179,6 +191,23 @@ def load_pairs(folder: Path, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     if not found:
         raise InputError("no image and label pairs in the folder: run synthesise first")
     return torch.stack([image for image, _ in found]), torch.stack([label for _, label in found])
+
+
+def load_drawn(folder: Path, grid: Grid, count: int) -> torch.Tensor:
+    """Return what the first ``count`` images of :func:`load_pairs` were drawn for, (pair, *grid.shape) uint8.
+
+    Raises:
+        InputError: there is no pair.
+        StoreError: an image without such a label map or an unreadable file.
+    """
+    from medsynth.imaging.transforms import pair_to_grid
+
+    kind = DRAWN if (folder / DRAWN).is_dir() else "labels"
+    pairs = itertools.islice(read_pairs(folder, kind), count)
+    found = [pair_to_grid(torch.from_numpy(p.image), torch.from_numpy(p.label), grid)[1] for p in pairs]
+    if not found:
+        raise InputError("no image and label pairs in the folder: run synthesise first")
+    return torch.stack(found)
 
 
 def _affine(shape: tuple[int, ...], grid: Grid) -> np.ndarray:

@@ -19,7 +19,7 @@ from medsynth import __version__, logs, store
 from medsynth.config import Segment, Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
-from medsynth.imaging.cohort import Patient, load_pairs, load_patients, read_cases
+from medsynth.imaging.cohort import Patient, load_drawn, load_pairs, load_patients, read_cases
 from medsynth.models.segmenter import Segmenter, load_segmenter
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import derive_seed
@@ -258,6 +258,7 @@ def _run(
 ) -> Run:
     """Return what is measured on a run's pairs, beside train and held-out patients; ``count`` of them are judged."""
     images, labels = bench.pairs[source.label]
+    drawn = load_drawn(source.folder / "synthetic", bench.grid, count)
     seed = derive_seed(bench.seed, "compare", "crowds")
     synthetic = store.read_manifest(source.folder / "synthetic")
     return Run(
@@ -268,8 +269,8 @@ def _run(
         delta=source.study.privacy.delta,
         pairs=len(images),
         synthetic=synthetic.digest,
-        agreement=agreement(judges, images[:count], labels[:count], source.label, how),
-        agreement_pairs=min(count, len(images)),
+        agreement=agreement(judges, images[: len(drawn)], drawn, source.label, how),
+        agreement_pairs=len(drawn),
         labellers=synthetic.details.get(LABELLERS, 0),
         fidelity=fidelity(*sides, crowd_of(images, judges), seed),
         memorisation=memorisation(bench.train, bench.test, images, labels, how.draws, seed),

@@ -91,9 +91,13 @@ class Run(Part):
     delta: float
     pairs: int
     synthetic: str = Field(description="digest of its synthetic/ folder")
-    agreement: Scores = Field(description="Dice between label maps and what nets of all real patients find in images")
+    agreement: Scores = Field(
+        description="Dice between what images were drawn for and what nets of all real patients see"
+    )
     agreement_pairs: int
-    labellers: int = Field(0, description="networks that labelled the pairs anew: agreement says nothing then")
+    labellers: int = Field(
+        0, description="networks that labelled the pairs anew; agreement is with what images were drawn for"
+    )
     fidelity: Fidelity
     memorisation: Memorisation
 

@@ -19,7 +19,7 @@ from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
-from medsynth.imaging.cohort import Patient, load_pairs, load_patients
+from medsynth.imaging.cohort import Patient, load_drawn, load_pairs, load_patients
 from medsynth.metrics import figures
 from medsynth.metrics.agreement import label_agreement
 from medsynth.metrics.fidelity import discrepancy, similarity_within
@@ -91,12 +91,13 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
 
 @dataclass(frozen=True)
 class _Data:
-    """What is compared; ``networks`` by regime and seed."""
+    """What is compared; ``drawn`` is what the first images were rendered for, ``networks`` are by regime and seed."""
 
     train: list[Patient]
     test: list[Patient]
     images: Tensor
     labels: Tensor
+    drawn: Tensor
     networks: dict[str, dict[int, Network]]
 
 
@@ -114,6 +115,7 @@ def _load(config: Study, folders: Mapping[str, Path]) -> _Data:
     if not test:
         raise InputError("the cohort has no test patient: raise ingest.test_fraction or add patients")
     images, labels = load_pairs(folders["synthetic"], config.grid)
+    drawn = load_drawn(folders["synthetic"], config.grid, config.evaluate.agreement_pairs)
     device = open_device(config.compute)
     networks: dict[str, dict[int, Network]] = {}
     for regime in config.segment.regimes:
@@ -121,7 +123,7 @@ def _load(config: Study, folders: Mapping[str, Path]) -> _Data:
             path = folders["segmenter"] / f"{regime}-{seed}.safetensors"
             model = load_segmenter(config.grid, config.segment, path).to(device)
             networks.setdefault(regime, {})[seed] = partial(predict, model)
-    return _Data(train, test, images, labels, networks)
+    return _Data(train, test, images, labels, drawn, networks)
 
 
 def _attack_bound(config: Study, ledger: Path) -> float:
@@ -222,8 +224,7 @@ def _agreement(config: Study, data: _Data) -> dict[str, Any] | None:
     networks = _real_networks(data)
     if not networks:
         return None
-    count = config.evaluate.agreement_pairs
-    table = label_agreement(networks, data.images[:count], data.labels[:count], config.grid.classes)
+    table = label_agreement(networks, data.images[: len(data.drawn)], data.drawn, config.grid.classes)
     block = _block(config, {0: table}, "agreement")
     return {"mean": block["mean"], "ci95": block["ci95"], "per_label": block["per_label"], "n_pairs": len(table)}
 

@@ -172,20 +172,23 @@ def _read_empty(report: Mapping[str, Any]) -> list[str]:
 
 
 def _read_agreement(report: Mapping[str, Any]) -> list[str]:
-    agreement = report["agreement"]
+    agreement, labellers = report["agreement"], report.get("labellers", 0)
     if not agreement or agreement["mean"] is None:
         return []
-    if report.get("labellers"):
-        return [
-            "Label maps of the pairs are what networks trained on the same patients see in the images: the label "
-            f"agreement of {number(agreement['mean'])} says nothing of the generator."
-        ]
     real = report["dice"]["real_only"]["mean"]
+    asked, lines = "the label maps in the synthetic images", []
+    if labellers:
+        asked = "the label maps that the synthetic images were drawn for"
+        lines = [
+            f"Label maps of the pairs are what networks trained on the same patients see in the images ({labellers} of "
+            "them together), not what the images were drawn for."
+        ]
     if report["dice"]["real_only"].get("skill") is None:
         # A model that looks at no image finds an ordinary label map in noise, too.
         return [
-            f"The model trained on real patients finds the label maps in the synthetic images with a Dice of "
-            f"{number(agreement['mean'])}, which says nothing of the images: it does not beat one constant mean shape."
+            *lines,
+            f"The model trained on real patients finds {asked} with a Dice of "
+            f"{number(agreement['mean'])}, which says nothing of the images: it does not beat one constant mean shape.",
         ]
     verdict = (
         "images obey their label maps"
@@ -193,8 +196,9 @@ def _read_agreement(report: Mapping[str, Any]) -> list[str]:
         else "images do not obey their label maps well"
     )
     return [
-        f"A model trained on real patients finds the label maps in the synthetic images with a Dice of "
-        f"{number(agreement['mean'])} ({number(real)} in real images): {verdict}."
+        *lines,
+        f"A model trained on real patients finds {asked} with a Dice of "
+        f"{number(agreement['mean'])} ({number(real)} in real images): {verdict}.",
     ]
 
 

@@ -48,7 +48,7 @@ class Row:
 
 
 def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
-    """Write ``synthetic/``: ``pairs.csv``, ``images/`` and ``labels/``.
+    """Write ``synthetic/``: ``pairs.csv``, ``images/``, ``labels/`` and, where networks label pairs anew, ``drawn/``.
 
     Args:
         config: sections ``grid`` and ``synthesise``.
@@ -58,7 +58,7 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         tracker: receives the number of pairs.
     """
     from medsynth.diffusion.generator import load_generator
-    from medsynth.imaging.cohort import write_pair
+    from medsynth.imaging.cohort import DRAWN, write_pair
 
     parents = stage_inputs(inputs, "autoencoder", "masks", "generator")
     digest = config_digest(config, "synthesise")
@@ -70,11 +70,12 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         _write_plan(folder.path / PLAN, rows)
         source = load_masks(parents["masks"]).ask(config.synthesise, [row.mask_seed for row in rows])
         built = load_generator(parents["generator"], parents["autoencoder"]).to(device)
+        kinds = ("images", "labels") if built.labeller is None else ("images", "labels", DRAWN)
         size = config.synthesise.batch_size
         alike = sorted(rows, key=lambda row: -row.start)  # a batch takes as many passes as it has beginnings
         batches = [alike[first : first + size] for first in range(0, len(alike), size)]
         for batch in logs.progress(batches, "rendering pairs", len(batches)):
-            if all(_written(folder.path, row) for row in batch):
+            if all(_written(folder.path / kind, row) for kind in kinds for row in batch):
                 continue
             for pair in render(batch, built, source, config.grid, config.synthesise, device):
                 write_pair(folder.path, pair, config.grid)
@@ -132,9 +133,10 @@ def render(
     rendered = _images(built, stacked, [rows[index] for index in filled], how)
     images, labels = rendered.cpu().numpy(), built.outline(rendered, stacked).cpu().numpy()
     pairs = []
-    for row, label, image in zip(rows, labels, images, strict=False):
+    for row, label, image, asked in zip(rows, labels, images, drawn, strict=False):
         window = release_window(label, grid)
-        pairs.append(Pair(row.pair_id, np.ascontiguousarray(image[(slice(None), *window)]), label[window]))
+        other = None if built.labeller is None else asked[window]
+        pairs.append(Pair(row.pair_id, np.ascontiguousarray(image[(slice(None), *window)]), label[window], other))
     return pairs
 
 
@@ -188,7 +190,7 @@ def _asked(source: MaskGenerator) -> dict[str, dict[str, float]]:
 
 
 def _written(folder: Path, row: Row) -> bool:
-    return all((folder / kind / f"{row.pair_id}.nii.gz").is_file() for kind in ("images", "labels"))
+    return (folder / f"{row.pair_id}.nii.gz").is_file()
 
 
 def _sensitivity(parents: Mapping[str, Path]) -> store.Sensitivity:

@@ -20,7 +20,7 @@ from medsynth import config, store
 from medsynth.config import Grid, Study
 from medsynth.diffusion.generator import Generator, load_generator
 from medsynth.errors import StoreError
-from medsynth.imaging.cohort import Pair, read_pairs
+from medsynth.imaging.cohort import DRAWN, Pair, read_pairs
 from medsynth.imaging.transforms import pair_to_grid
 from medsynth.stages import masks, synthesise, train
 from medsynth.tracking import Tracker
@@ -199,8 +199,27 @@ def test_pairs_get_the_label_maps_that_networks_see_in_their_images(
         alone = render_alone(labelled, inputs, number)
         assert np.array_equal(alone.image, drawn.image), "the label map that was drawn conditions the image"
         assert np.array_equal(alone.label, seen) and np.array_equal(pair.label, seen)
+        assert alone.drawn is not None and np.array_equal(alone.drawn, drawn.label) and drawn.drawn is None
         moved += int((drawn.label != seen).sum())
     assert moved > 0
+    kept = {pair.name: pair.label for pair in read_pairs(tmp_path / "synthetic", DRAWN)}
+    assert {name: float(one.sum()) for name, one in kept.items()} == {
+        row.pair_id: float(source.draw(row.mask_seed).sum()) for row in rows
+    }
+
+
+def test_a_kill_before_what_a_pair_was_drawn_for_is_written_renders_it_again(
+    labelled: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = before_training(labelled, tmp_path)
+    train.run(labelled, inputs, inputs["generator"], Tracker())
+    whole = synthesise.run(labelled, inputs, tmp_path / "whole", Tracker()).files
+    with monkeypatch.context() as patch:
+        patch.setattr(store.StageFolder, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            synthesise.run(labelled, inputs, tmp_path / "killed", Tracker())
+    (store.partial(tmp_path / "killed") / DRAWN / "synthetic_00002.nii.gz").unlink()
+    assert synthesise.run(labelled, inputs, tmp_path / "killed", Tracker()).files == whole
 
 
 def test_a_share_of_the_pairs_is_drafts_and_the_others_are_as_they_were(
