@@ -1,5 +1,6 @@
 # Build:  docker build -t medsynth .
-# Run:    docker run --rm --network none --read-only --tmpfs /tmp -v COHORT:/data:ro -v RUNS:/runs medsynth \
+# Run:    docker run --rm --network none --read-only --tmpfs /tmp -e MEDSYNTH_HOME=/runs/site \
+#             -v COHORT:/data:ro -v RUNS:/runs medsynth \
 #             run /opt/medsynth/configs/demo.yaml --input /data --out /runs/study
 FROM python:3.11-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1

@@ -33,10 +33,10 @@ Four accountants compute epsilon from the same list of events;
 - `rdp`: Opacus, Rényi differential privacy: simple and loose.
 
 When an accountant returns less than our lower bound it has given up; `epsilon` then raises an error instead of passing
-the number on. With more than 16 different mechanisms, or noise below 0.5, `pld` answers with our own upper bound:
-dp-accounting takes 0.3 s a mechanism, and half a minute at little noise. Of more than 96 different mechanisms, noise
-is rounded down and rates up before any accountant sees them: 10,000 different ones take 2 s, and epsilon rises by at
-most 3 % when they follow a schedule (50 % when they are scattered at random).
+the number on. With more than 16 different mechanisms, noise below 0.5, or delta below 1e-10, `pld` answers with our own
+upper bound: dp-accounting takes 0.3 s a mechanism, and half a minute at little noise. Of more than 96 different
+mechanisms, noise is rounded down and rates up before any accountant sees them: 10,000 different ones take 2 s, and
+epsilon rises by at most 3 % when they follow a schedule (50 % when they are scattered at random).
 
 In the table `own` is lower .. upper, the last columns compare with `pld`, and an accountant that fails is named with
 its error. T is the number of steps, q the sampling rate, sigma the noise multiplier.

@@ -29,7 +29,7 @@ NUMBERS, SEEDS = "1,2,4,8,20,all", "0,1,2"
 QUICK_NUMBERS, QUICK_SEEDS = "1,4,all", "0"
 _COLUMNS = 130
 _SETTABLE = ("segment", "evaluate", "compute", "tracking")
-_RECIPE = ("channels", "steps", "batch_size", "learning_rate", "augment")
+_RECIPE = ("channels", "steps", "batch_size", "learning_rate", "augment", "largest_component")
 
 
 def compare(

@@ -100,7 +100,11 @@ class Ingest(Section):
     split: Literal["hash", "folders"] = Field(
         "hash", description="hash: each patient by its own hash; folders: train/ and val|test/ below the input"
     )
-    test_fraction: Fraction = 0.2
+    test_fraction: Fraction = Field(
+        0.2,
+        description="share of patients held back; with split folders it moves nobody, but sums over patients are "
+        "divided by declared_patients times the rest",
+    )
     patient_id_pattern: str | None = Field(
         None, description="regular expression on file stems whose first group is the patient (linkage rule)"
     )
@@ -238,7 +242,9 @@ class Masks(Section):
 class Appearance(Section):
     """Statistics of images given their label maps, which dress the label maps of pre-training."""
 
-    enabled: bool = Field(True, description="needs train.pretrain_steps, or synthesise.start below 1")
+    enabled: bool = Field(
+        True, description="needs train.pretrain_steps, synthesise.start below 1, or synthesise.drafts"
+    )
     coefficients: tuple[Count, ...] | None = Field(
         None, description="cosines an axis of the position; None: planned from the grid, the declared patients, epsilon"
     )

@@ -16,7 +16,7 @@ from medsynth import config as configuration
 from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import rank_and_size
-from medsynth.errors import MedsynthError, StoreError
+from medsynth.errors import CertificationError, MedsynthError, StoreError
 from medsynth.privacy.audit.finding import Finding
 from medsynth.release import audits, keys
 from medsynth.release.marks import PUBLIC_KEY
@@ -57,6 +57,7 @@ CHARGING = ("masks", "train", "certify")
 """Stages that reserve in the account of the cohort, or state what it holds."""
 _GROWN = "since then more was reserved for these patients than the certificate says"
 _RESIGNED = "another key than the active one signed the certificate"
+_SIGNED = ("certify", "export")
 ASSISTED = "train"
 """The stage that the other processes of ``torchrun`` share in; they are let go after it."""
 
@@ -191,12 +192,15 @@ def run_stage(
 
     Raises:
         StoreError: the folder was made from others, and ``replace`` is not set.
+        CertificationError: audits that were repeated since refuse what was certified.
     """
     out = run / stage.folder
     store.settle(out, replace=replace)
     if store.is_done(out):
         manifest = store.read_manifest(out)
         changed = _changes(study, stage, manifest, run)
+        if not changed and stage.verb in _SIGNED:
+            _refuse_withdrawn(run)
         grown = not changed and stage.verb == "certify" and _spent_since(manifest, run)
         aged = [_GROWN] * grown + [_RESIGNED] * (not changed and stage.verb == "certify" and _key_replaced(out))
         again = replace or (grown and not (run / "release").exists())
@@ -237,6 +241,20 @@ def _changes(study: Study, stage: Stage, manifest: Manifest, run: Path) -> Seque
     if parents != dict(manifest.parents):
         changed.append("inputs")
     return changed
+
+
+def _refuse_withdrawn(run: Path) -> None:
+    """Stop where audits that were repeated since refuse what was certified: it verifies still, wherever it went."""
+    certificate, audit = run / "certificate", run / "audit"
+    if not (store.is_done(certificate) and store.is_done(audit)):
+        return
+    if not store.read_manifest(certificate).details.get("certified"):
+        return
+    if reasons := audits.refusals(audit, store.read_manifest(run / "synthetic").digest):
+        raise CertificationError(
+            "since this run was certified, its audits refuse the release: hand out nothing more of it, tell whoever "
+            "has it, and remove certificate/ and release/ of the run folder:\n" + "\n".join(f"  - {r}" for r in reasons)
+        )
 
 
 def _spent_since(manifest: Manifest, run: Path) -> bool:

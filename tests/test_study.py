@@ -12,11 +12,11 @@ import pytest
 
 from medsynth import config, store, study
 from medsynth.config import Study
-from medsynth.errors import BudgetError, PrivacyError, StoreError
+from medsynth.errors import BudgetError, CertificationError, PrivacyError, StoreError
 from medsynth.imaging.deidentify import REFERENCES_FILE, References, key_id, write_references
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import keys
+from medsynth.release import audits, keys
 from medsynth.site import signing_keys, site_key
 from medsynth.stages.inputs import SECTIONS, account_of, config_digest, open_ledger, stage_inputs
 from medsynth.store import Manifest
@@ -55,6 +55,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             with store.create(out, verb, config_digest(config, verb), parents) as folder:
                 if verb == "ingest":
                     write_references(folder.path, References(key_id(site_key()), PEOPLE))
+                if verb == "audit":
+                    (folder.path / "findings.json").write_text('{"findings": []}')
                 (folder.path / "file").write_text(config_digest(config, verb))
                 verbs.append(verb)
                 return folder.finish("internal", details=_state(inputs) if verb == "certify" else None)
@@ -231,6 +233,20 @@ def test_a_released_certificate_is_kept_and_told_to_be_old(
     assert ran == VERBS and "--replace certifies again" in capsys.readouterr().err
     study.run_verb(tiny_study, "certify", None, run, replace=True)
     assert ran == [*VERBS, "certify"]
+
+
+@pytest.mark.parametrize("verb", ["certify", "export"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_was_certified_before_an_audit_refused_it_is_not_called_finished(
+    verb: str, replace: bool, tiny_study: Study, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    study.run_study(tiny_study, None, run)
+    study.run_verb(tiny_study, verb, None, run)
+    monkeypatch.setattr(audits, "refusals", lambda folder, synthetic: ["record-replay: more than was claimed"])
+    with pytest.raises(CertificationError, match=r"tell whoever has it(.|\n)*more than was claimed"):
+        study.run_verb(tiny_study, verb, None, run, replace=replace)
+    assert ran == VERBS and store.is_done(run / "release")
 
 
 def test_a_certificate_of_another_key_is_signed_again_only_when_told(

@@ -96,7 +96,10 @@ def audit(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the ru
         findings = audit_again(run_folder)
     print_findings(findings)
     if reasons := refusals(findings):
-        raise CertificationError("the release of this run may not go out:\n" + "\n".join(f"  - {r}" for r in reasons))
+        before = (run_folder / "certificate").exists() or (run_folder / "release").exists()
+        told = "; what was certified before verifies still: tell whoever has it, and remove it here" if before else ""
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        raise CertificationError(f"the release of this run may not go out{told}:\n{listed}")
 
 
 @app.command()

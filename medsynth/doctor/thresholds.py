@@ -62,5 +62,5 @@ TRAINING_GAIN = Threshold(
 )
 PLAUSIBLE = Threshold(0.5, "of the share among real training patients: fewer, and the maps show another anatomy")
 RELATIONS = Threshold(0.9, "nearly every real map shows the relation; annotators break it in one of twenty at most")
-HOURS = Threshold(0.75, "the shipped 3D study takes 45 minutes on 2 cores")
+HOURS = Threshold(0.75, "the shipped 3D study takes a quarter of an hour on a core")
 MEMORY = Threshold(0.8, "beyond, a larger batch or a second process ends the run")

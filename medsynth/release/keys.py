@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from medsynth.logs import say
 from medsynth.release import endorsements, signing
 from medsynth.release.marks import ENDORSEMENTS, PUBLIC_KEY
 from medsynth.release.signing import SigningKey
+from medsynth.site import HOME_VARIABLE
 
 PRIVATE_KEY = "private.pem"
 RETIRED = "retired"
@@ -79,13 +82,15 @@ def open_key(folder: Path, *, ask: bool = True) -> SigningKey:
         ask: whether a passphrase may be asked for at the terminal; otherwise only the environment is looked at.
 
     Raises:
-        CertificationError: the key is unreadable, no Ed25519 key, readable by others, its passphrase is not there, or
-            only its public half is.
+        CertificationError: the key is unreadable, no Ed25519 key, readable by others, its passphrase is not there (or
+            too short for a new key), or only its public half is.
     """
     path = folder / PRIVATE_KEY
     with _locked(folder):
         if not _has_key(folder):
             passphrase = stored_passphrase()
+            if passphrase is not None:
+                _require_long(passphrase)
             _install(folder, signing.new_key(), passphrase)
             hint = {} if passphrase else {"protect_it": "medsynth keys protect"}
             say("signing key made", protected=bool(passphrase), **hint)
@@ -267,9 +272,13 @@ def new_passphrase(file: Path | None = None) -> bytes:
         found = getpass.getpass("New passphrase: ").encode()
         if getpass.getpass("The same again: ").encode() != found:
             raise CertificationError("the two passphrases differ: nothing was changed, try again")
-    if len(found) < MIN_PASSPHRASE:
-        raise CertificationError(f"the passphrase is too short: use at least {MIN_PASSPHRASE} characters")
+    _require_long(found)
     return found
+
+
+def _require_long(passphrase: bytes) -> None:
+    if len(passphrase) < MIN_PASSPHRASE:
+        raise CertificationError(f"the passphrase is too short: use at least {MIN_PASSPHRASE} characters")
 
 
 def opening_passphrase(ask: bool = True) -> bytes:
@@ -325,12 +334,21 @@ def _install(folder: Path, key: SigningKey, passphrase: bytes | None) -> str:
     return signing.key_id(signing.public_pem(key))
 
 
-def _locked(folder: Path) -> FileLock:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FileLock(folder / ".lock", mode=0o600)
+        lock = FileLock(folder / ".lock", mode=0o600)
+        lock.acquire()
     except OSError as error:
-        raise CertificationError(f"the folder of the signing keys cannot be used: {error.strerror}") from error
+        raise CertificationError(
+            f"the folder of the signing keys cannot be used ({error.strerror}): set {HOME_VARIABLE} to a folder that "
+            "can be written and is kept between runs"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:

@@ -21,7 +21,7 @@ from medsynth.release.marks import STATEMENT_TYPE
 if TYPE_CHECKING:  # whoever verifies needs no pydantic
     from medsynth.config import Study
 
-PREDICATE_TYPE = "urn:medsynth:dp-certificate:4"
+PREDICATE_TYPE = "urn:medsynth:dp-certificate:5"
 """Its number changes with any part of the predicate, with :data:`NOT_COVERED` and with the pages, words included."""
 DELTA_SHARES = (1, 10, 100)
 """Epsilon is stated at the claimed delta and at these parts of it."""
@@ -55,6 +55,9 @@ NOT_COVERED: tuple[str, ...] = (
     "or of records under another identifier and with other pixels; their epsilons add up",
     "one person whose files touch another's: of two with equal pixels only the first is read, and of an image and a "
     "segmentation that name two patients neither, so that whether such a person is read depends on the other",
+    "what is said of the site's account (how many other studies of some of these patients it knows, what all cost "
+    "together, its name in the ledger): one common patient ties two cohorts to one account, so that whoever holds two "
+    "releases of a site, or knows of another study there, may learn that somebody is in both",
     "that the public inputs hold no patient of this cohort, and that constants of the code that were set while looking "
     "at public images (MSD hippocampus, Kvasir-SEG) were set on other patients than these",
 )

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from medsynth import site
@@ -146,6 +147,9 @@ def test_a_new_passphrase_is_typed_twice(terminal: list[str]) -> None:
 def test_a_new_key_is_protected_where_the_environment_holds_a_passphrase(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MEDSYNTH_KEY_PASSPHRASE", "short")
+    with pytest.raises(CertificationError, match="too short: use at least 12"):
+        keys.open_key(folder)
     monkeypatch.setenv("MEDSYNTH_KEY_PASSPHRASE", LONG)
     keys.open_key(folder)
     assert keys.known_keys(folder)[0].protected
@@ -274,6 +278,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CertificationError, match="cannot be used"):
         keys.open_key(tmp_path / "keys")
     tmp_path.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(CertificationError, match=r"cannot be used \(Permission denied\): set MEDSYNTH_HOME"):
+        keys.open_key(folder)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
