@@ -73,11 +73,13 @@ def run_study(study: Study, source: Path | None, run: Path, *, replace: bool = F
 
     Raises:
         StoreError: ``run`` lies in ``source``.
+        CertificationError: audits that were repeated since refuse what was certified.
         MedsynthError: what stopped a stage; the stages before it stay as they are.
     """
     _keep_apart(source, run)
     _meet_ranks()
     with store.alone_in(run, "run"):
+        refuse_withdrawn(run)
         if study.privacy.private and not store.is_done(run / "certificate"):
             # nobody may be there when certify asks for a passphrase, hours from now
             keys.open_key(signing_keys(), ask=False)
@@ -118,6 +120,8 @@ def run_verb(study: Study, verb: str, source: Path | None, run: Path, *, replace
     if verb == ASSISTED:
         _meet_ranks()
     with store.alone_in(run, "run"):
+        if verb in _SIGNED:
+            refuse_withdrawn(run)
         _keep_study(study, run)
         with open_tracker(study.tracking.uri, study.tracking.experiment, run, study.name) as tracker:
             tracker.describe(_description(study))
@@ -192,15 +196,12 @@ def run_stage(
 
     Raises:
         StoreError: the folder was made from others, and ``replace`` is not set.
-        CertificationError: audits that were repeated since refuse what was certified.
     """
     out = run / stage.folder
     store.settle(out, replace=replace)
     if store.is_done(out):
         manifest = store.read_manifest(out)
         changed = _changes(study, stage, manifest, run)
-        if not changed and stage.verb in _SIGNED:
-            _refuse_withdrawn(run)
         grown = not changed and stage.verb == "certify" and _spent_since(manifest, run)
         aged = [_GROWN] * grown + [_RESIGNED] * (not changed and stage.verb == "certify" and _key_replaced(out))
         again = replace or (grown and not (run / "release").exists())
@@ -243,14 +244,19 @@ def _changes(study: Study, stage: Stage, manifest: Manifest, run: Path) -> Seque
     return changed
 
 
-def _refuse_withdrawn(run: Path) -> None:
-    """Stop where audits that were repeated since refuse what was certified: it verifies still, wherever it went."""
+def refuse_withdrawn(run: Path) -> None:
+    """Stop where audits of the certified pairs, repeated since, refuse them: what went out verifies still.
+
+    Raises:
+        CertificationError: says why, and what to do with certificate and release.
+    """
     certificate, audit = run / "certificate", run / "audit"
     if not (store.is_done(certificate) and store.is_done(audit)):
         return
-    if not store.read_manifest(certificate).details.get("certified"):
-        return
-    if reasons := audits.refusals(audit, store.read_manifest(run / "synthetic").digest):
+    signed, pairs = store.read_manifest(certificate), store.read_manifest(audit).parents.get("synthetic")
+    if not signed.details.get("certified") or pairs != signed.parents["synthetic"]:
+        return  # nothing was promised, or the audits are of other pairs
+    if reasons := audits.refusals(audit, pairs):
         raise CertificationError(
             "since this run was certified, its audits refuse the release: hand out nothing more of it, tell whoever "
             "has it, and remove certificate/ and release/ of the run folder:\n" + "\n".join(f"  - {r}" for r in reasons)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from medsynth.errors import BudgetError, CertificationError, PrivacyError, Store
 from medsynth.imaging.deidentify import REFERENCES_FILE, References, key_id, write_references
 from medsynth.privacy.accounting import Event
 from medsynth.privacy.ledger import Ledger
-from medsynth.release import audits, keys
+from medsynth.release import keys
 from medsynth.site import signing_keys, site_key
 from medsynth.stages.inputs import SECTIONS, account_of, config_digest, open_ledger, stage_inputs
 from medsynth.store import Manifest
@@ -51,7 +53,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         verb = name.rsplit(".", 1)[1]
 
         def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) -> Manifest:
-            parents = stage_inputs(inputs, *study.BY_VERB[verb].reads)
+            real = {"certify": ("synthetic",), "export": ("certificate",)}  # of what they read, these are their parents
+            parents = stage_inputs(inputs, *real.get(verb, study.BY_VERB[verb].reads))
             with store.create(out, verb, config_digest(config, verb), parents) as folder:
                 if verb == "ingest":
                     write_references(folder.path, References(key_id(site_key()), PEOPLE))
@@ -235,18 +238,63 @@ def test_a_released_certificate_is_kept_and_told_to_be_old(
     assert ran == [*VERBS, "certify"]
 
 
-@pytest.mark.parametrize("verb", ["certify", "export"])
+RED = {
+    **{"audit": "record-replay", "subject": "masks", "measures": "the change", "value": 9.0, "low": 9.0, "high": 9.0},
+    **{"allowed": 1.0, "outcome": "fail", "blocks": True, "shows": "a change", "reads_patients": False},
+    "controls": [{"name": "broken", "value": 9.0, "caught": True}],
+}
+
+
+def _audited_again(study_: Study, run: Path, findings: list[dict[str, Any]]) -> None:
+    """Put findings in the place of the run's, as a repeated audit of the pairs that are there does."""
+    parents = {name: run / name for name in study.BY_VERB["audit"].reads}
+    shutil.rmtree(run / "audit")
+    with store.create(run / "audit", "audit", config_digest(study_, "audit"), parents) as folder:
+        (folder.path / "findings.json").write_text(json.dumps({"findings": findings}))
+        folder.finish("internal")
+
+
+@pytest.mark.parametrize("released", [True, False])
 @pytest.mark.parametrize("replace", [False, True])
-def test_what_was_certified_before_an_audit_refused_it_is_not_called_finished(
-    verb: str, replace: bool, tiny_study: Study, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", ["run", "certify", "export"])
+def test_nothing_goes_out_of_what_was_certified_before_an_audit_refused_it(
+    verb: str, replace: bool, released: bool, tiny_study: Study, tmp_path: Path, ran: list[str]
 ) -> None:
     run = tmp_path / "run"
     study.run_study(tiny_study, None, run)
-    study.run_verb(tiny_study, verb, None, run)
-    monkeypatch.setattr(audits, "refusals", lambda folder, synthetic: ["record-replay: more than was claimed"])
-    with pytest.raises(CertificationError, match=r"tell whoever has it(.|\n)*more than was claimed"):
-        study.run_verb(tiny_study, verb, None, run, replace=replace)
-    assert ran == VERBS and store.is_done(run / "release")
+    if not released:
+        shutil.rmtree(run / "release")
+    _audited_again(tiny_study, run, [RED])
+    with pytest.raises(CertificationError, match=r"tell whoever has it(.|\n)*'record-replay' of 'masks' failed"):
+        if verb == "run":
+            study.run_study(tiny_study, None, run, replace=replace)
+        else:
+            study.run_verb(tiny_study, verb, None, run, replace=replace)
+    assert ran == VERBS and (run / "release").exists() == released
+
+
+def test_audits_of_other_pairs_take_no_release_back(
+    tiny_settings: dict[str, Any], tiny_study: Study, tmp_path: Path, ran: list[str]
+) -> None:
+    run = tmp_path / "run"
+    study.run_study(tiny_study, None, run)
+    other = changed(tiny_settings, "synthesise", pairs=9)
+    study.run_verb(other, "synthesise", None, run, replace=True)
+    study.run_verb(tiny_study, "export", None, run)
+    _audited_again(other, run, [RED])
+    study.run_verb(tiny_study, "export", None, run)
+    assert ran == [*VERBS, "synthesise"]
+
+
+def test_an_audit_that_refuses_what_promises_nothing_recalls_nothing(
+    tiny_study: Study, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "_state", lambda _: {"certified": False})
+    run = tmp_path / "run"
+    study.run_study(tiny_study, None, run)
+    _audited_again(tiny_study, run, [RED])
+    study.run_verb(tiny_study, "export", None, run)
+    assert ran == VERBS
 
 
 def test_a_certificate_of_another_key_is_signed_again_only_when_told(

@@ -89,17 +89,15 @@ def audit(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the ru
     """
     from medsynth.errors import CertificationError
     from medsynth.privacy.audit.finding import refusals
-    from medsynth.study import audit_again
+    from medsynth.study import audit_again, refuse_withdrawn
     from medsynth.summary import print_findings
 
     with accidents.kept_in(run_folder):
         findings = audit_again(run_folder)
     print_findings(findings)
     if reasons := refusals(findings):
-        before = (run_folder / "certificate").exists() or (run_folder / "release").exists()
-        told = "; what was certified before verifies still: tell whoever has it, and remove it here" if before else ""
-        listed = "\n".join(f"  - {reason}" for reason in reasons)
-        raise CertificationError(f"the release of this run may not go out{told}:\n{listed}")
+        refuse_withdrawn(run_folder)  # it says more where something was certified
+        raise CertificationError("the release of this run may not go out:\n" + "\n".join(f"  - {r}" for r in reasons))
 
 
 @app.command()

@@ -176,8 +176,16 @@ def read_pairs(folder: Path, labels: str = "labels") -> Iterator[Pair]:
         yield Pair(path.name.removesuffix(_SUFFIX), scaled, np.ascontiguousarray(label, dtype=np.uint8))
 
 
-def load_pairs(folder: Path, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read all pairs of a folder and bring them to the grid by the transforms that patients went through.
+def load_pairs(
+    folder: Path, grid: Grid, labels: str = "labels", count: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read pairs of a folder and bring them to the grid by the transforms that patients went through.
+
+    Args:
+        folder: written by :func:`write_pair`.
+        grid: the study's.
+        labels: the folder in it that the label maps are taken from.
+        count: how many, the first by name; None: all.
 
     Returns:
         images (pair, channel, *grid.shape) float32 in [-1, 1] and labels (pair, *grid.shape) uint8, sorted by name.
@@ -187,27 +195,11 @@ def load_pairs(folder: Path, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """
     from medsynth.imaging.transforms import pair_to_grid
 
-    found = [pair_to_grid(torch.from_numpy(p.image), torch.from_numpy(p.label), grid) for p in read_pairs(folder)]
+    pairs = itertools.islice(read_pairs(folder, labels), count)
+    found = [pair_to_grid(torch.from_numpy(p.image), torch.from_numpy(p.label), grid) for p in pairs]
     if not found:
         raise InputError("no image and label pairs in the folder: run synthesise first")
     return torch.stack([image for image, _ in found]), torch.stack([label for _, label in found])
-
-
-def load_drawn(folder: Path, grid: Grid, count: int) -> torch.Tensor:
-    """Return what the first ``count`` images of :func:`load_pairs` were drawn for, (pair, *grid.shape) uint8.
-
-    Raises:
-        InputError: there is no pair.
-        StoreError: an image without such a label map or an unreadable file.
-    """
-    from medsynth.imaging.transforms import pair_to_grid
-
-    kind = DRAWN if (folder / DRAWN).is_dir() else "labels"
-    pairs = itertools.islice(read_pairs(folder, kind), count)
-    found = [pair_to_grid(torch.from_numpy(p.image), torch.from_numpy(p.label), grid)[1] for p in pairs]
-    if not found:
-        raise InputError("no image and label pairs in the folder: run synthesise first")
-    return torch.stack(found)
 
 
 def _affine(shape: tuple[int, ...], grid: Grid) -> np.ndarray:

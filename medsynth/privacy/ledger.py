@@ -323,7 +323,7 @@ def _check_budget(records: Sequence[Record], new: Record, epsilon: float, delta:
     raise BudgetError(
         f"stage '{new['stage']}' does not fit into the budget{sweep}: spent {compose(before, delta):g}, with this "
         f"{after:g}, budget {epsilon:g} at delta {delta:g}. Spends are never refunded, not by a crash nor by deleting "
-        "outputs: raise privacy.epsilon, lower the stage's share, or start over with a cohort that was not used"
+        "outputs: start a new run folder, whose budget is its own (the account of these patients counts both)"
     )
 
 

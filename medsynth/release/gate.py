@@ -132,8 +132,8 @@ def _over_budget(entries: Sequence[Record], privacy: Privacy) -> list[str]:
     spent = epsilon(spending.events(entries), privacy.delta)
     if spending.round_up(spent) > privacy.epsilon:
         reasons.append(
-            f"the ledger holds epsilon {spent:g}, the budget is {privacy.epsilon:g}: spends are never refunded; raise "
-            "privacy.epsilon, or start over with a cohort that was not used"
+            f"the ledger holds epsilon {spent:g}, the budget is {privacy.epsilon:g}: spends are never refunded: start "
+            "a new run folder, or raise privacy.epsilon"
         )
     return reasons
 

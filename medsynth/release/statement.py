@@ -56,8 +56,9 @@ NOT_COVERED: tuple[str, ...] = (
     "one person whose files touch another's: of two with equal pixels only the first is read, and of an image and a "
     "segmentation that name two patients neither, so that whether such a person is read depends on the other",
     "what is said of the site's account (how many other studies of some of these patients it knows, what all cost "
-    "together, its name in the ledger): one common patient ties two cohorts to one account, so that whoever holds two "
-    "releases of a site, or knows of another study there, may learn that somebody is in both",
+    "together, which of them were certified, its name in the ledger): one common patient ties two cohorts to one "
+    "account, so that whoever holds two releases of a site, or knows of another study there, may learn that somebody "
+    "is in both",
     "that the public inputs hold no patient of this cohort, and that constants of the code that were set while looking "
     "at public images (MSD hippocampus, Kvasir-SEG) were set on other patients than these",
 )

@@ -19,7 +19,7 @@ from medsynth import __version__, logs, store
 from medsynth.config import Segment, Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
-from medsynth.imaging.cohort import Patient, load_drawn, load_pairs, load_patients, read_cases
+from medsynth.imaging.cohort import Patient, load_pairs, load_patients, read_cases
 from medsynth.models.segmenter import Segmenter, load_segmenter
 from medsynth.privacy.ledger import Ledger
 from medsynth.randomness import derive_seed
@@ -45,7 +45,7 @@ from medsynth.stages.comparison_trainings import (
     network_path,
     train_arms,
 )
-from medsynth.stages.synthesise import LABELLERS
+from medsynth.stages.synthesise import LABELLERS, drawn_for
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -258,7 +258,7 @@ def _run(
 ) -> Run:
     """Return what is measured on a run's pairs, beside train and held-out patients; ``count`` of them are judged."""
     images, labels = bench.pairs[source.label]
-    drawn = load_drawn(source.folder / "synthetic", bench.grid, count)
+    drawn = drawn_for(source.folder / "synthetic", bench.grid, labels, count)
     seed = derive_seed(bench.seed, "compare", "crowds")
     synthetic = store.read_manifest(source.folder / "synthetic")
     return Run(

@@ -19,7 +19,7 @@ from medsynth import logs, store
 from medsynth.config import Study
 from medsynth.devices import open_device
 from medsynth.errors import InputError
-from medsynth.imaging.cohort import Patient, load_drawn, load_pairs, load_patients
+from medsynth.imaging.cohort import Patient, load_pairs, load_patients
 from medsynth.metrics import figures
 from medsynth.metrics.agreement import label_agreement
 from medsynth.metrics.fidelity import discrepancy, similarity_within
@@ -42,7 +42,7 @@ from medsynth.release.audits import ROC, read_findings
 from medsynth.stages.codec_quality import codec_quality
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.report_page import write_page
-from medsynth.stages.synthesise import LABELLERS
+from medsynth.stages.synthesise import LABELLERS, drawn_for
 from medsynth.store import Manifest
 from medsynth.tracking import Tracker
 
@@ -115,7 +115,7 @@ def _load(config: Study, folders: Mapping[str, Path]) -> _Data:
     if not test:
         raise InputError("the cohort has no test patient: raise ingest.test_fraction or add patients")
     images, labels = load_pairs(folders["synthetic"], config.grid)
-    drawn = load_drawn(folders["synthetic"], config.grid, config.evaluate.agreement_pairs)
+    drawn = drawn_for(folders["synthetic"], config.grid, labels, config.evaluate.agreement_pairs)
     device = open_device(config.compute)
     networks: dict[str, dict[int, Network]] = {}
     for regime in config.segment.regimes:

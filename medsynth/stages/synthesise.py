@@ -17,6 +17,7 @@ import numpy as np
 from medsynth import logs, store
 from medsynth.config import Grid, Study, Synthesise
 from medsynth.devices import open_device
+from medsynth.errors import StoreError
 from medsynth.randomness import derive_seed
 from medsynth.stages.inputs import config_digest, stage_inputs
 from medsynth.stages.masks import MaskGenerator, load_masks
@@ -83,6 +84,30 @@ def run(config: Study, inputs: Mapping[str, Path], out: Path, tracker: Tracker) 
         labellers = 0 if built.labeller is None else len(built.labeller.networks)
         details = {"pairs": len(rows), LABELLERS: labellers, **_asked(source)}
         return folder.finish(_sensitivity(parents), details=details)
+
+
+def drawn_for(folder: Path, grid: Grid, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the label maps that the first ``count`` images were drawn for, whatever label maps the pairs have.
+
+    Args:
+        folder: the finished ``synthetic/``.
+        grid: the study's.
+        labels: of all pairs, (pair, *grid.shape), sorted by name.
+        count: of pairs.
+
+    Raises:
+        StoreError: networks labelled the pairs, and nothing says what was drawn.
+    """
+    from medsynth.imaging.cohort import DRAWN, load_pairs
+
+    if not store.read_manifest(folder).details.get(LABELLERS):
+        return labels[:count]
+    if not (folder / DRAWN).is_dir():
+        raise StoreError(
+            "networks labelled these pairs, and an earlier medsynth did not keep what they were drawn for: run the "
+            "stage synthesise again (--replace)"
+        )
+    return load_pairs(folder, grid, DRAWN, count)[1]
 
 
 def plan(config: Study) -> list[Row]:

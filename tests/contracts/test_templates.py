@@ -80,6 +80,12 @@ def test_compose_service_has_no_root_no_network_and_a_read_only_cohort() -> None
     assert any(volume.endswith(":/cohort:ro") for volume in service["volumes"])
 
 
+def test_a_study_on_a_workstation_cannot_take_all_of_its_memory() -> None:
+    (compose,) = load(ROOT / "pipelines/workstation/compose.yaml")
+    unit = (ROOT / "pipelines/workstation/medsynth.service").read_text(encoding="utf-8")
+    assert compose["services"]["medsynth"]["mem_limit"] and "\nMemoryMax=16G\n" in unit
+
+
 def test_configs_named_by_templates_exist() -> None:
     for path in TEMPLATES:
         for name in re.findall(r"configs/([a-z0-9-]+)\.yaml", path.read_text(encoding="utf-8")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from test_segment import folders, reserve_masks, study  # the same tiny cohort
 
 from medsynth import comparing, config, store
 from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
+from medsynth.imaging.cohort import Pair, read_pairs, write_pair
 from medsynth.metrics.intervals import skill_of
 from medsynth.stages import comparison, comparison_page, comparison_trainings, segmenter_training
 from medsynth.stages.comparison import Settings, Source
 from medsynth.stages.comparison_results import Statistician
 from medsynth.stages.comparison_schema import Comparison, Measured
 from medsynth.stages.comparison_trainings import Arm, Ruler
+from medsynth.stages.synthesise import LABELLERS
 from medsynth.tracking import Tracker
 
 SETTINGS = Settings(numbers=(1, 4, 9), seeds=(0, 1))
@@ -126,6 +129,20 @@ def test_runs_say_what_they_cost_and_how_their_images_are(finished: tuple[Path, 
         assert 0 <= run.memorisation.copies <= 1 and run.memorisation.median_ratio > 0
     # Both runs hold the same pairs here, and so the same crowds.
     assert private.fidelity == free.fidelity and private.synthetic == free.synthetic
+
+
+def test_images_are_held_against_what_they_were_drawn_for(tmp_path: Path) -> None:
+    plain, relabelled = _run(tmp_path / "plain"), _run(tmp_path / "relabelled", **OPEN)
+    shutil.rmtree(relabelled / "synthetic")
+    with store.create(relabelled / "synthetic", "synthesise", "0" * 64) as folder:
+        for pair in read_pairs(plain / "synthetic"):
+            moved = np.roll(pair.label, 3, axis=0)
+            write_pair(folder.path, Pair(pair.name, pair.image, moved, pair.label), study(2).grid)
+        folder.finish("internal", details={LABELLERS: 3})
+    comparison.run(_sources(plain, relabelled), tmp_path / "compare", Tracker(), Settings(numbers=(4,), seeds=(0,)))
+    one, other = comparison.read_result(tmp_path / "compare").runs
+    assert one.agreement.all_labels.mean == other.agreement.all_labels.mean > 0
+    assert (one.labellers, other.labellers) == (0, 3)
 
 
 def test_the_file_fits_its_schema_and_the_folder_names_no_patient(finished: tuple[Path, Comparison, Recorder]) -> None:
@@ -247,6 +264,8 @@ def test_runs_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another segment \(steps\).*--set segment.steps"):
         _sources(first, other_recipe)
     assert len(comparing.open_runs([first, other_recipe], tmp_path / "out", {"segment.steps": 5})) == 2
+    with pytest.raises(InputError, match=r"another segment \(largest_component\)"):
+        _sources(first, _run(tmp_path / "d", segment={**TINY["segment"], "largest_component": True}))
     grid = {"spatial_dims": 2, "shape": [16, 16], "spacing_mm": [2, 2], "labels": {0: "none", 1: "organ"}}
     with pytest.raises(InputError, match=r"another grid \(spacing_mm\)"):
         _sources(first, _run(tmp_path / "c", grid=grid))

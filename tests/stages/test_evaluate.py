@@ -14,10 +14,11 @@ from test_segment import folders, reserve_masks, study  # the same tiny cohort
 
 from medsynth import store
 from medsynth.config import Study
-from medsynth.errors import InputError
+from medsynth.errors import InputError, StoreError
 from medsynth.imaging.cohort import DRAWN, Pair, load_pairs, read_pairs, write_pair
 from medsynth.models.autoencoder import build_codec, save_codec
 from medsynth.stages import evaluate, report_page, segment
+from medsynth.stages.synthesise import LABELLERS
 from medsynth.tracking import Tracker
 
 EVALUATE = {"bootstrap": 50, "montage": 2, "agreement_pairs": 3}
@@ -182,13 +183,15 @@ def test_images_are_held_against_what_they_were_drawn_for_whatever_label_maps_th
         assert found is not None
         return float(found["mean"])
 
-    relabelled = shutil.copytree(run.parent / "synthetic", tmp_path / "synthetic")
-    before = agreement(relabelled)
-    for pair in read_pairs(relabelled):
-        write_pair(relabelled, Pair(pair.name, pair.image, np.zeros_like(pair.label), pair.label), small.grid)
-    assert 0 < before == agreement(relabelled)
+    relabelled, plain = tmp_path / "synthetic", run.parent / "synthetic"
+    with store.create(relabelled, "synthesise", "0" * 64) as folder:
+        for pair in read_pairs(plain):
+            write_pair(folder.path, Pair(pair.name, pair.image, np.zeros_like(pair.label), pair.label), small.grid)
+        folder.finish("internal", details={LABELLERS: 3})
+    assert 0 < agreement(plain) == agreement(relabelled)
     shutil.rmtree(relabelled / DRAWN)
-    assert agreement(relabelled) == 0
+    with pytest.raises(StoreError, match="run the stage synthesise again"):
+        agreement(relabelled)
 
 
 def test_what_an_audit_shows_is_said_once_for_all_that_it_looked_at() -> None:

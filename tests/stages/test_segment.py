@@ -17,7 +17,7 @@ import torch
 
 from medsynth import config, store
 from medsynth.config import Encode, Study
-from medsynth.errors import ConfigError, InputError, MedsynthError, StoreError
+from medsynth.errors import InputError, MedsynthError, StoreError
 from medsynth.imaging.cohort import Pair, write_case, write_pair
 from medsynth.models import segmenter
 from medsynth.models.autoencoder import build_codec, save_codec
@@ -242,14 +242,12 @@ def test_every_patient_is_as_likely_whatever_its_records() -> None:
     assert 150 < lonely < 250
 
 
-def test_weights_of_another_architecture_and_too_deep_networks_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     small = study(2)
     segmenter.save_segmenter(segmenter.build_segmenter(small.grid, small.segment), tmp_path / "net.safetensors")
     other = small.segment.model_copy(update={"channels": (4, 12)})
     with pytest.raises(StoreError, match="run the stage segment again"):
         segmenter.load_segmenter(small.grid, other, tmp_path / "net.safetensors")
-    with pytest.raises(ConfigError, match="divide by 32"):
-        segmenter.build_segmenter(small.grid, small.segment.model_copy(update={"channels": (2,) * 6}))
 
 
 def test_patients_passed_through_the_codec_are_a_regime_of_their_own(tmp_path: Path) -> None:

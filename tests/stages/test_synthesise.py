@@ -208,6 +208,26 @@ def test_pairs_get_the_label_maps_that_networks_see_in_their_images(
     }
 
 
+def test_what_a_pair_was_drawn_for_lies_in_the_window_of_the_pair(
+    study: Study, labelled: Study, tmp_path: Path, before_training: Before
+) -> None:
+    raw = labelled.model_dump()
+    sizes = [[4, size - 4] for size in study.grid.shape]
+    cropped = config.parse(raw | {"grid": {**raw["grid"], "release_shape_range": sizes}})
+    inputs = before_training(cropped, tmp_path)
+    train.run(cropped, inputs, inputs["generator"], Tracker())
+    source, built = masks.load_masks(inputs["masks"]), load_generator(inputs["generator"], inputs["autoencoder"])
+    rows = synthesise.plan(cropped)[:2]
+    for row, pair in zip(
+        rows, synthesise.render(rows, built, source, cropped.grid, cropped.synthesise, torch.device("cpu")), strict=True
+    ):
+        whole = source.draw(row.mask_seed)
+        (image,) = synthesise.render([row], built, source, study.grid, cropped.synthesise, torch.device("cpu"))
+        window = synthesise.release_window(image.label, cropped.grid)
+        assert pair.drawn is not None and pair.drawn.shape == pair.label.shape != whole.shape
+        assert np.array_equal(pair.drawn, whole[window])
+
+
 def test_a_kill_before_what_a_pair_was_drawn_for_is_written_renders_it_again(
     labelled: Study, tmp_path: Path, before_training: Before, monkeypatch: pytest.MonkeyPatch
 ) -> None:

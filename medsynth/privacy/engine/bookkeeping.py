@@ -28,7 +28,7 @@ from medsynth.privacy.gradients import (
 # Rows of one forward and backward; more patients are treated in several, and their sums added.
 MAX_ROWS = 128
 # Bytes of per-patient gradients that may be kept in one backward beyond the activations that they replace.
-KEEP_BYTES = 2**24
+KEEP_BYTES = 2**25
 # Norms and factors are rounded to float32: the clip aims so much below the bound.
 CLIP_MARGIN = 1.5e-6
 
