@@ -31,6 +31,7 @@ def study(ingest_settings: dict[str, Any] | None = None, **grid: Any) -> Study:
             "privacy": {"declared_patients": 16},
             "ingest": {"test_fraction": 0.5, **(ingest_settings or {})},
             "encode": {"levels": 1},
+            "segment": {"channels": [4, 8]},
             "masks": {"coefficients": [4] * dims},
             "train": {"appearance": {"coefficients": [2] * dims}},
         }

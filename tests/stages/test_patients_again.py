@@ -35,6 +35,7 @@ def study(**changes: Any) -> Study:
             "privacy": {"declared_patients": 16},
             "ingest": {"test_fraction": 0.5},
             "encode": {"levels": 1},
+            "segment": {"channels": [4, 8]},
             "masks": {"coefficients": [4, 4, 4]},
             "train": {"appearance": {"coefficients": [2, 2, 2]}},
         }
