@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medsynth.accidents import end_at_once
 from medsynth.errors import ConfigError, MedsynthError, PrivacyError
-from medsynth.privacy.distributed import Ranks, Replica, open_ranks
+from medsynth.privacy.distributed import Ranks, Replica, _leave, open_ranks
 from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import Batch, ClippedSum, open_backend
 from medsynth.privacy.mechanism import DpSgd
@@ -81,6 +81,8 @@ def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
     torch.save(found, f"{out}/{rank}.pt")
     if ranks.first:
         ranks.call(None)
+        _leave()  # as every process that ends does
+        Path(out, "threads").write_text(" ".join(path.read_text() for path in Path("/proc/self/task").glob("*/comm")))
     elif ranks.await_call() is None:
         end_at_once(SystemExit(0))  # as an assistant of the command line does
 
@@ -118,7 +120,9 @@ def _free_port() -> int:
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(_rank, (2, _free_port(), request.param, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    found[0]["threads"] = (folder / "threads").read_text().split()
+    return found
 
 
 @pytest.mark.parametrize("count", [PATIENTS, ILL, 1, 0])
@@ -152,6 +156,11 @@ def test_ranks_that_take_the_same_steps_keep_the_same_weights(both: list[dict[st
     assert {int(step) for step in second["state"][::3]} == {4}  # one of them before rank 1 came
     assert not first["after a bit"] and not second["after a bit"]
     assert all(torch.equal(one, other) for one, other in zip(first["aligned"], first["weights"], strict=True))
+
+
+def test_no_thread_of_the_group_outlives_it(both: list[dict[str, Any]]) -> None:
+    left = both[0]["threads"]
+    assert left and not [name for name in left if "gloo" in name or "store" in name]  # they abort a process that ends
 
 
 class Threads:

@@ -23,6 +23,7 @@ SMALL = {
     # What reads no patient is tested elsewhere.
     "audit.step": False,
     "audit.one_run": False,
+    "segment.channels": [8, 16],  # trained elsewhere; more levels do not fit the grid
     "synthesise.pairs": 80,
     "synthesise.batch_size": 20,
     "synthesise.steps": 20,
