@@ -295,12 +295,12 @@ def open_ranks() -> Ranks:
     if size == 1:
         return Ranks()
     if not dist.is_initialized():
-        # Modules that optimizers load have the group as a default argument if it is open when they are loaded. It would
-        # then outlive _leave, and its threads abort a process that ends.
-        importlib.import_module("torch._dynamo")
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise PrivacyError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start it with torchrun")
+        # Modules that optimizers load have the group as a default argument if it is open when they are loaded. It would
+        # then outlive _leave, and its threads abort a process that ends.
+        importlib.import_module("torch._dynamo")
         try:
             # Meeting has a short limit of its own: a rank 0 that failed before it came is not waited for.
             store, rank, size = next(iter(rendezvous("env://", rank, size, timeout=_JOINING)))

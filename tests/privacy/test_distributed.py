@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import math
 import os
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from medsynth.accidents import end_at_once
 from medsynth.errors import ConfigError, MedsynthError, PrivacyError
-from medsynth.privacy.distributed import Ranks, Replica, _leave, open_ranks
+from medsynth.privacy.distributed import Ranks, Replica, open_ranks
 from medsynth.privacy.entropy import open_entropy
 from medsynth.privacy.gradients import Batch, ClippedSum, open_backend
 from medsynth.privacy.mechanism import DpSgd
@@ -60,6 +61,8 @@ def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
     faulthandler.enable()  # says where, should gloo abort
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank == 0:
+        atexit.register(_note_threads, Path(out, "threads"))  # registered first, called last
     ranks = open_ranks()
     entropy = ranks.open_entropy("test_only")
     model = _model(seed=rank)  # different weights, until rank 0's are taken
@@ -81,10 +84,12 @@ def _rank(rank: int, size: int, port: int, name: str, out: str) -> None:
     torch.save(found, f"{out}/{rank}.pt")
     if ranks.first:
         ranks.call(None)
-        _leave()  # as every process that ends does
-        Path(out, "threads").write_text(" ".join(path.read_text() for path in Path("/proc/self/task").glob("*/comm")))
     elif ranks.await_call() is None:
         end_at_once(SystemExit(0))  # as an assistant of the command line does
+
+
+def _note_threads(path: Path) -> None:
+    path.write_text(" ".join(name.read_text() for name in Path("/proc/self/task").glob("*/comm")))
 
 
 def _train(ranks: Ranks, name: str) -> dict[str, Any]:

@@ -4,56 +4,20 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from ingesting import AFFINE, picture, put_dicom, study
 
-from medsynth import config, store
+from medsynth import store
 from medsynth.config import Study
 from medsynth.errors import PrivacyError, StoreError
 from medsynth.imaging.deidentify import REFERENCES_FILE, read_references
-from medsynth.imaging.dicom_segmentation import write_segmentation
-from medsynth.imaging.dicom_writer import SeriesMeta, write_series
 from medsynth.site import site_home
 from medsynth.stages import ingest
 from medsynth.stages.inputs import account_of
 from medsynth.tracking import Tracker
-
-LABELS = {0: "background", 1: "organ"}
-SHAPE = (10, 12, 8)
-AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2, 0, -7], [0, 0, 2, 11], [0, 0, 0, 1]])
-
-
-def study(**changes: Any) -> Study:
-    grid = {"spatial_dims": 3, "shape": [12, 12, 12], "spacing_mm": [2, 2, 2], "labels": LABELS}
-    return config.parse(
-        {
-            "name": "recognition",
-            "grid": {**grid, **changes},
-            "privacy": {"declared_patients": 16},
-            "ingest": {"test_fraction": 0.5},
-            "encode": {"levels": 1},
-            "segment": {"channels": [4, 8]},
-            "masks": {"coefficients": [4, 4, 4]},
-            "train": {"appearance": {"coefficients": [2, 2, 2]}},
-        }
-    )
-
-
-def picture(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    image = np.random.default_rng(seed).integers(0, 900, SHAPE).astype(np.int16)
-    label = np.zeros(SHAPE, np.uint8)
-    label[2:6, 3:7, 2:5] = 1
-    return image, label
-
-
-def put_dicom(root: Path, person: str, seed: int) -> None:
-    image, label = picture(seed)
-    meta = SeriesMeta(modality="MR", patient_id=person, patient_name="Zyxwvut^Planted", synthetic=False)
-    series = write_series(root / person / "image", image, AFFINE, meta)
-    write_segmentation(root / person / "seg" / "seg.dcm", label, series, LABELS)
 
 
 def put_nifti(root: Path, name: str, seed: int, turned: bool = False) -> None:
